@@ -1,0 +1,39 @@
+# Two commands on a fresh machine: `make demo` writes an image, `make test` runs the tests.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+
+# Without an NVIDIA GPU the CPU build is asked for by its local version "+cpu", which no CUDA build can
+# satisfy, so pip can never pull several GB of CUDA. --no-deps keeps the extra index to this one package.
+ifeq ($(shell command -v nvidia-smi),)
+TORCH := --no-deps --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu
+else
+TORCH := torch==2.13.0
+endif
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.installed
+	$(BIN)/lumina-rt generate "a red circle on a blue background" --output demo.png --force
+
+test: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pytest -q
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/.installed: setup.py pyproject.toml $(wildcard csrc/*)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q $(TORCH)
+	$(BIN)/pip install -q -e .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/pip install -q -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info lumina_rt/_C*.so demo.png
