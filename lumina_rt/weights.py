@@ -1,0 +1,262 @@
+"""A checkpoint folder in the published layout -> Model.
+
+Tensors are read through memory maps, a layer at a time, and each map is closed behind it, so that little more than
+the weights themselves is resident. Everything wrong with a folder is told in one CheckpointError. No pickle is read.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lumina_rt.checkpoint import CheckpointError
+from lumina_rt.model import Layer, Model, ModelConfig, rope_table
+
+# Upstream Chameleon checkpoints hold the encoder of the image tokenizer too; ours comes from vqgan.safetensors.
+IGNORED_PREFIX = "model.vqmodel."
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object. Raises CheckpointError when there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(path.parent, [f"{path.name} is missing"]) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(path.parent, [f"{path.name} cannot be read: {error}"]) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(path.parent, [f"{path.name} holds no JSON object"])
+    return value
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """Where a tensor lies, and its shape as the file's header tells it."""
+
+    path: Path
+    shape: tuple[int, ...]
+
+
+class Checkpoint:
+    """The tensors of a folder by name; only headers are read until a tensor is asked for."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.problems: list[str] = []
+        self.tensors: dict[str, TensorFile] = {}
+        for path, promised in self._files().items():
+            names = self._open(path)
+            self.problems += [f"{name} is not in {path.name}, where the index says it is" for name in promised - names]
+
+    def read(self, names: list[str], dtype: torch.dtype) -> Tensor:
+        """Copy tensors of equal width into one, above each other; never more than one is held twice."""
+        rows = [self.tensors[name].shape[0] for name in names]
+        stacked = torch.empty((sum(rows), *self.tensors[names[0]].shape[1:]), dtype=dtype)
+        for name, part in zip(names, stacked.split(rows), strict=True):
+            with safe_open(self.tensors[name].path, framework="pt") as file:
+                part.copy_(file.get_tensor(name))
+        return stacked
+
+    def _files(self) -> dict[Path, set[str]]:
+        """The weight files of the folder, and the names that the index promises in each."""
+        index_path = self.folder / "model.safetensors.index.json"
+        if not index_path.exists():
+            return {self.folder / "model.safetensors": set()}
+        weight_map = read_json(index_path).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            self.problems.append(f"{index_path.name} holds no weight_map of names to files")
+            return {}
+        files: dict[Path, set[str]] = {}
+        for name, file in weight_map.items():
+            if Path(file).name != file or not file.endswith(".safetensors"):
+                self.problems.append(
+                    f"{index_path.name} points to {file!r}; expected a .safetensors file of the folder"
+                )
+            else:
+                files.setdefault(self.folder / file, set()).add(name)
+        self.problems = sorted(set(self.problems))
+        return files
+
+    def _open(self, path: Path) -> set[str]:
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = file.keys()
+                found = {name: TensorFile(path, tuple(file.get_slice(name).get_shape())) for name in names}
+        except FileNotFoundError:
+            self.problems.append(f"{path.name} is missing")
+            return set()
+        except (SafetensorError, OSError) as error:
+            self.problems.append(f"{path.name} is truncated or corrupt: {error}")
+            return set()
+        self.problems += [f"{name} stands in two files" for name in found.keys() & self.tensors.keys()]
+        self.tensors |= found
+        return found.keys()
+
+
+def config_from_json(values: Mapping, folder: Path | str = "config.json") -> ModelConfig:
+    """Read a ModelConfig from the values of a config.json. Raises CheckpointError for what is not supported."""
+    problems = []
+    for key, supported in {
+        "model_type": "chameleon", "hidden_act": "silu", "rope_scaling": None, "attention_bias": False,
+        "mlp_bias": False, "tie_word_embeddings": False, "quantization_config": None,
+    }.items():  # fmt: skip
+        if values.get(key, supported) not in (supported, None):
+            problems.append(f"{key} {json.dumps(values[key])[:80]} is not supported; expected {json.dumps(supported)}")
+    rope = values.get("rope_parameters") or {}
+    if rope.get("rope_type", "default") != "default":
+        problems.append(f"rope_type {rope['rope_type']!r} is not supported; expected 'default'")
+    sizes = {}
+    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        sizes[key] = values.get(key)
+        if not isinstance(sizes[key], int) or sizes[key] <= 0:
+            problems.append(f"{key} is {sizes[key]!r}; expected a positive whole number")
+    if problems:
+        raise CheckpointError(folder, problems)
+
+    hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    kv_heads = values.get("num_key_value_heads") or heads
+    rows = values.get("model_parallel_size") or 1
+    if hidden % heads or heads % kv_heads or hidden // heads % 2:
+        raise CheckpointError(folder, [f"{heads} heads and {kv_heads} key-value heads do not divide {hidden} evenly"])
+    return ModelConfig(
+        vocab_size=sizes["vocab_size"],
+        hidden=hidden,
+        intermediate=sizes["intermediate_size"],
+        n_layers=sizes["num_hidden_layers"],
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=hidden // heads,
+        qk_norm_rows=(rows, rows),
+        post_norm=bool(values.get("swin_norm", False)),
+        norm_eps=float(values.get("rms_norm_eps", 1e-5)),
+        rope_theta=float(rope.get("rope_theta") or values.get("rope_theta") or 10000.0),
+    )
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a checkpoint, as published."""
+    hidden, intermediate, head_dim = config.hidden, config.intermediate, config.head_dim
+    shapes = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    for i in range(config.n_layers):
+        layer = f"model.layers.{i}."
+        shapes |= {
+            layer + "input_layernorm.weight": (hidden,),
+            layer + "self_attn.q_proj.weight": (config.heads * head_dim, hidden),
+            layer + "self_attn.k_proj.weight": (config.kv_heads * head_dim, hidden),
+            layer + "self_attn.v_proj.weight": (config.kv_heads * head_dim, hidden),
+            layer + "self_attn.o_proj.weight": (hidden, config.heads * head_dim),
+            layer + "self_attn.q_norm.weight": (config.qk_norm_rows[0], head_dim),
+            layer + "self_attn.q_norm.bias": (config.qk_norm_rows[0], head_dim),
+            layer + "self_attn.k_norm.weight": (config.qk_norm_rows[1], head_dim),
+            layer + "self_attn.k_norm.bias": (config.qk_norm_rows[1], head_dim),
+            layer + "post_attention_layernorm.weight": (hidden,),
+            layer + "mlp.gate_proj.weight": (intermediate, hidden),
+            layer + "mlp.up_proj.weight": (intermediate, hidden),
+            layer + "mlp.down_proj.weight": (hidden, intermediate),
+        }
+    return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (config.vocab_size, hidden)}
+
+
+def _check(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """Raise one CheckpointError with everything that is wrong with the tensors."""
+    problems, found = list(checkpoint.problems), checkpoint.tensors
+    expected = tensor_shapes(config)
+    problems += [f"{name} is missing" for name in expected if name not in found]
+    problems += [
+        f"{name} is unexpected" for name in found if name not in expected and not name.startswith(IGNORED_PREFIX)
+    ]
+    for name, shape in expected.items():
+        if name not in found or found[name].shape == shape:
+            continue
+        heads = config.heads if ".q_norm." in name else config.kv_heads
+        rows = found[name].shape[0] if found[name].shape else 0
+        # The rows of the QK-norm differ among sources (1, 4, 8, or one a head): the tensor decides, not the config.
+        if "_norm." in name and found[name].shape[1:] == shape[1:] and rows and heads % rows == 0:
+            continue
+        problems.append(f"{name} has shape {list(found[name].shape)}; expected {list(shape)}")
+    if problems:
+        raise CheckpointError(checkpoint.folder, problems)
+
+
+def load(
+    folder: Path, ops: ModuleType, image_ids: Tensor, max_positions: int, dtype: torch.dtype, device: str
+) -> Model:
+    """Load a checkpoint folder.
+
+    image_ids: int64 [n_codes], ascending tokens whose rows of the head are wanted apart.  max_positions: length of
+    the RoPE table.  Raises CheckpointError with everything that is wrong.
+    """
+    config = config_from_json(read_json(folder / "config.json"), folder)
+    checkpoint = Checkpoint(folder)
+    _check(checkpoint, config)
+    if int(image_ids.max()) >= config.vocab_size:
+        problem = f"the tokenizer has an image token {int(image_ids.max())}, the model {config.vocab_size} tokens"
+        raise CheckpointError(folder, [problem])
+
+    def read(*names: str) -> Tensor:
+        return checkpoint.read(list(names), dtype).to(device)
+
+    norms = []  # in the order of the checkpoint: two a layer, then the model's last
+    layers = []
+    for i in range(config.n_layers):
+        attention, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
+        norms += [
+            read(f"model.layers.{i}.input_layernorm.weight"),
+            read(f"model.layers.{i}.post_attention_layernorm.weight"),
+        ]
+        layers.append(
+            Layer(
+                qkv=read(attention + "q_proj.weight", attention + "k_proj.weight", attention + "v_proj.weight"),
+                q_norm=(read(attention + "q_norm.weight"), read(attention + "q_norm.bias")),
+                k_norm=(read(attention + "k_norm.weight"), read(attention + "k_norm.bias")),
+                o=read(attention + "o_proj.weight"),
+                attention_join=None,
+                gate_up=read(mlp + "gate_proj.weight", mlp + "up_proj.weight"),
+                down=read(mlp + "down_proj.weight"),
+                mlp_join=None,
+            )
+        )
+    norms.append(read("model.norm.weight"))
+    # A pre-norm layer's sums are followed by the next norm; a post-norm layer's own norms come before its sums.
+    edge_norm = norms.pop(-1 if config.post_norm else 0)
+    for i, layer in enumerate(layers):
+        layer.attention_join, layer.mlp_join = norms[2 * i], norms[2 * i + 1]
+
+    lm_head = read("lm_head.weight")
+    first, last = int(image_ids[0]), int(image_ids[-1])
+    contiguous = last - first + 1 == len(image_ids)
+    return Model(
+        config=config,
+        ops=ops,
+        embed=read("model.embed_tokens.weight"),
+        layers=layers,
+        edge_norm=edge_norm,
+        lm_head=lm_head,
+        image_head=lm_head[first : last + 1] if contiguous else lm_head[image_ids.to(device)],
+        rope=rope_table(max_positions, config.head_dim, config.rope_theta, dtype).to(device),
+    )
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype that config.json names; bf16 where it names none. Raises CheckpointError for one we do not run."""
+    values = read_json(folder / "config.json")
+    name = values.get("dtype") or values.get("torch_dtype") or "bfloat16"
+    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    if name not in dtypes:
+        raise CheckpointError(folder, [f"dtype {name!r} is not run as it is; ask for one of {', '.join(dtypes)}"])
+    return dtypes[name]
+
+
+def n_bytes(model: Model) -> int:
+    """Bytes of all weights of a model, each counted once."""
+    tensors = [model.embed, model.lm_head, model.edge_norm]
+    for layer in model.layers:
+        for value in vars(layer).values():
+            tensors += value if isinstance(value, tuple) else [value]
+    return sum(math.prod(tensor.shape) * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,26 @@
+"""Fixtures that several files share. Random checkpoints stand in for real weights; no test needs a network."""
+
+import pytest
+import torch
+
+from lumina_rt import Engine, dummy
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _torch_settings():
+    # One thread: the tensors are tiny, and threads that wait for each other on a busy machine cost minutes.
+    torch.set_num_threads(1)
+    # torch then fills new tensors with NaN, so that an element which nothing wrote fails its test.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A tiny random checkpoint of the 7B kind whose images have the areas of 64 x 64 and 128 x 128."""
+    return dummy.write_checkpoint(tmp_path_factory.mktemp("checkpoint"), generation={"target_sizes": [128, 64]})
+
+
+@pytest.fixture
+def engine(checkpoint):
+    """A fresh Engine on the tiny checkpoint, with small pages."""
+    return Engine.from_pretrained(checkpoint, device="cpu", page_size=16, num_pages=256, max_model_len=1024)
