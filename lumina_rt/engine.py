@@ -1,0 +1,569 @@
+"""Engine: conversations in, text and images out.
+
+    engine = Engine.from_pretrained("Alpha-VLLM/Lumina-mGPT-7B-768")
+    engine.generate_image("a dog in a waterfall", seed=7).images[0].save("dog.png")
+
+It owns the step loop: schedule, one forward, draw, advance. Any thread may call it; steps run one at a time, in
+whichever thread waits for an answer. It does not know how a step is computed: that is the model's op list.
+"""
+
+import itertools
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from lumina_rt import hub, images, prompts, unirep, weights
+from lumina_rt.checkpoint import CheckpointError
+from lumina_rt.kernels import reference
+from lumina_rt.kv_cache import KVCache, Lease
+from lumina_rt.model import Model
+from lumina_rt.outputs import Answer, ImageRow, RequestOutput, TextDelta, Timings
+from lumina_rt.params import EngineConfig, SamplingParams
+from lumina_rt.prompts import IMAGE_MARK, Message
+from lumina_rt.request import Draw, Grammar, Request, Sample, answer_length
+from lumina_rt.sampler import Pick, Sampler
+from lumina_rt.scheduler import Scheduler, Work, build_step
+from lumina_rt.tokenizer import Tokenizer
+from lumina_rt.vqgan import VQGAN, to_uint8
+
+Event = TextDelta | ImageRow | RequestOutput
+Callback = Callable[[Event], None]
+
+# Areas that the released checkpoints were trained on, the default first; generation_config.json may name others.
+TARGET_SIZES = (768, 512, 1024, 384)
+# The reference's settings where an image is answered by an image (demo_image2image; fact sheet, section 6.6).
+IMAGE_TO_IMAGE = {"guidance_scale": 1.0, "top_k": 200}
+
+
+class Engine:
+    """A loaded model. Make one with `Engine.from_pretrained`.
+
+    sizes: the legal (width, height) of images, in pixels.  default_size: what an image gets when none is asked for.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        vqgan: VQGAN,
+        config: EngineConfig | None = None,
+        target_sizes: Sequence[int] = TARGET_SIZES,
+    ):
+        self.config = config or EngineConfig()
+        self.model, self.tokenizer, self.vqgan = model, tokenizer, vqgan
+        factor = vqgan.config.factor
+        candidates = [unirep.candidate_sizes(target, patch=2 * factor) for target in target_sizes]
+        self.input_sizes = candidates[0]  # what a picture of the user is fitted to
+        self.sizes = tuple(size for group in candidates for size in group)
+        self.default_size = (target_sizes[0], target_sizes[0])
+        self.grammar = Grammar(tokenizer.vocab, self.sizes, factor)
+        num_pages = self.config.num_pages or self._pages_that_fit()
+        shape = model.config
+        self.cache = KVCache(
+            shape.n_layers, num_pages, self.config.page_size, shape.kv_heads, shape.head_dim,
+            model.embed.dtype, model.embed.device,
+        )  # fmt: skip
+        self.scheduler = Scheduler(self.config, self.cache, num_pages)
+        self.sampler = Sampler(model, tokenizer.vocab)
+        self._stepping = threading.Lock()  # held by the thread that steps; guards the scheduler and the cache
+        self._requests: dict[int, Request] = {}
+        # What other threads ask for waits here until the step that runs is over; appending needs no lock.
+        self._arriving: deque[Request] = deque()
+        self._leaving: deque[tuple[Request, str | None]] = deque()
+        self._ids = itertools.count()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path = "demo",
+        *,
+        tokenizer: str | Path | None = None,
+        vqgan: str | Path | None = None,
+        dtype: str | None = None,
+        device: str | None = None,
+        **options,
+    ) -> "Engine":
+        """Load a checkpoint in the published layout.
+
+        model: a folder, a hub id, or "demo".  tokenizer: a tokenizer.json, where the model's folder has none.
+        vqgan: the folder or file of vqgan.safetensors, likewise.  dtype: "bfloat16" or "float32"; the
+        checkpoint's own by default.  device: "cpu" or "cuda"; a GPU where there is one by default.
+        options: fields of EngineConfig.
+
+        Raises CheckpointError, a ValueError, with everything that is wrong with the files, and ValueError for
+        arguments that name nothing known.
+        """
+        config = engine_config(options)
+        device = _device(device)
+        folder = hub.find_model(model)
+        tokens = Tokenizer.from_file(hub.find_tokenizer(folder, tokenizer))
+        image_ids = torch.from_numpy(np.sort(tokens.vocab.image_ids))
+        torch_dtype = _dtype(dtype) if dtype else weights.stored_dtype(folder)
+        loaded = weights.load(folder, reference, image_ids, config.max_model_len, torch_dtype, device)
+        image_tokenizer = VQGAN.from_pretrained(hub.find_vqgan(folder, vqgan), device=device)
+        problems = []
+        if image_tokenizer.config.n_embed != len(image_ids):
+            problems.append(f"{image_tokenizer.config.n_embed} codes in the VQGAN, {len(image_ids)} in the tokenizer")
+        if tokens.vocab.size > loaded.config.vocab_size + 1:  # <|image|> stands one beyond the embedding
+            problems.append(f"{tokens.vocab.size} ids in the tokenizer, {loaded.config.vocab_size} in the model")
+        if problems:
+            raise CheckpointError(folder, problems)
+        return cls(loaded, tokens, image_tokenizer, config, _target_sizes(folder))
+
+    def generate(
+        self,
+        conversations: Sequence,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = True,
+        callback: Callback | None = None,
+    ) -> list[RequestOutput]:
+        """Answer every conversation, in order; all of them share the steps.
+
+        conversations: each a str, a Message, or the turns of a dialog (see `prompts.as_conversation`).
+        params: one for all, or one each.  progress: show a bar of image rows, with the time left.
+        callback: called with every TextDelta, ImageRow and RequestOutput, at most once a row inside an image.
+
+        Raises ValueError for bad input, before anything runs. Whatever is raised, nothing stays behind.
+        """
+        if isinstance(conversations, (str, Message)) or not isinstance(conversations, Sequence):
+            found = type(conversations).__name__
+            raise ValueError(f"conversations is a {found}; expected a list of conversations")
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(conversations)
+        if len(params) != len(conversations):
+            raise ValueError(f"{len(params)} SamplingParams for {len(conversations)} conversations; expected one each")
+        requests: list[Request] = []
+        events: deque = deque()
+        try:
+            for conversation, request_params in zip(conversations, params, strict=True):
+                requests.append(self._submit(conversation, request_params, events))
+            with _progress_bar(requests, shown=progress) as bar:
+                return self._finish(requests, events, bar, callback)
+        finally:
+            self._leave(requests)
+
+    def stream(self, conversation, params: SamplingParams | None = None) -> "Stream":
+        """Answer one conversation event by event: TextDelta, ImageRow, and last the RequestOutput.
+
+        Dropping or closing the stream early ends the request. Arguments and errors as `generate`.
+        """
+        return Stream(self, self._submit(conversation, params or SamplingParams(), deque()))
+
+    def abort(self, request_id: int) -> bool:
+        """End a request within a step, from any thread; what is finished of it comes as its RequestOutput.
+
+        Returns whether it was still running.
+        """
+        request = self._requests.get(request_id)
+        if request is None:
+            return False
+        self._leave([request], "abort")
+        return True
+
+    def generate_image(
+        self,
+        prompt: str | Sequence[str],
+        width: int | None = None,
+        height: int | None = None,
+        num_images_per_prompt: int = 1,
+        guidance_scale: float = 4.0,
+        seed: int | None = None,
+        *,
+        progress: bool = True,
+        callback: Callback | None = None,
+        **controls,
+    ) -> RequestOutput | list[RequestOutput]:
+        """Make images from text.
+
+        prompt: one (one result) or several (a list of results).  width, height: pixels, a legal size; the model's
+        own by default.  controls: further fields of SamplingParams.
+        """
+        size = (width or self.default_size[0], height or self.default_size[1])
+        unirep.check_size(*size, self.sizes)
+        params = sampling_params(
+            size=size,
+            num_images=1,
+            n=num_images_per_prompt,
+            guidance_scale=guidance_scale,
+            seed=seed,
+            **controls,
+        )
+        several = [prompt] if isinstance(prompt, str) else prompt
+        texts = [prompts.text_to_image(text, *size) for text in several]
+        outputs = self.generate(texts, params, progress=progress, callback=callback)
+        return outputs[0] if isinstance(prompt, str) else outputs
+
+    def edit(self, image, instruction: str, **controls) -> RequestOutput:
+        """Edit a picture as told."""
+        return self._image_to_image(prompts.editing(instruction), image, controls)
+
+    def segment(self, image, **controls) -> RequestOutput:
+        """Draw the semantic segmentation of a picture."""
+        return self._image_to_image(prompts.segmentation(), image, controls)
+
+    def depth(self, image, **controls) -> RequestOutput:
+        """Draw the depth map of a picture."""
+        return self._image_to_image(prompts.depth(), image, controls)
+
+    def normals(self, image, **controls) -> RequestOutput:
+        """Draw the surface normals of a picture."""
+        return self._image_to_image(prompts.surface_normal(), image, controls)
+
+    def pose(self, image, **controls) -> RequestOutput:
+        """Draw the human poses in a picture."""
+        return self._image_to_image(prompts.pose(), image, controls)
+
+    def detect(self, image, object: str, **controls) -> RequestOutput:
+        """Draw a box around `object` in a picture."""
+        return self._image_to_image(prompts.detection(object), image, controls)
+
+    def from_condition(self, image, caption: str, **controls) -> RequestOutput:
+        """Make a picture of `caption` that follows a depth map, segmentation, normal map or pose."""
+        return self._image_to_image(prompts.from_condition(caption), image, controls)
+
+    def multiview(self, prompt: str, views: int = 16, size: int = 384, **controls) -> RequestOutput:
+        """Make `views` pictures of one object from all sides, in one answer."""
+        params = {"num_images": views, "size": (size, size), **controls}
+        return self._answer(Message("user", prompts.multiview(prompt, views, size)), params)
+
+    def describe(self, image, question: str | None = None, **controls) -> RequestOutput:
+        """Describe a picture in text, or answer a question about it."""
+        text = prompts.description() if question is None else question
+        return self._answer(Message("user", text, (image,)), {"num_images": 0, **controls})
+
+    def chat(self, messages, **controls) -> RequestOutput:
+        """Answer a dialog; `answers[0].message()` is its next turn, whose pages are found again."""
+        return self._answer(messages, controls)
+
+    def step(self) -> bool:
+        """Run one step of everything in flight; return whether there was anything to run.
+
+        When a step fails, the requests in it are ended, their pages returned, and the error raised to whoever waits
+        for them.
+        """
+        with self._stepping:
+            return self._step()
+
+    def _step(self) -> bool:
+        self._apply()
+        plan: list[Work] | None = None
+        try:
+            plan = self.scheduler.schedule(time.perf_counter())
+            if plan:
+                step = build_step(plan, self.config.page_size, self.model.embed.device)
+                hidden = self.model.forward(step, self.cache)
+                tokens = self.sampler.draw(_picks(plan), hidden)
+                self.scheduler.commit(plan)
+                drawing = [work for work in plan if work.draws]
+                for work, token in zip(drawing, tokens, strict=True):
+                    self._advance(work.request, work.sample, token)
+                for request in dict.fromkeys(work.request for work in drawing):
+                    if request.is_finished:
+                        self._retire(request)
+        except BaseException as error:
+            affected = self.scheduler.running if plan is None else [work.request for work in plan]
+            for request in dict.fromkeys(affected):
+                request.events.append(error)
+                self._forget(request)
+            if not isinstance(error, Exception):  # an interrupt is the caller's too
+                raise
+            return True
+        self._apply()
+        return bool(plan)
+
+    def _apply(self) -> None:
+        """Let requests in and out that came or went since the last step."""
+        while self._arriving:
+            self.scheduler.add(self._arriving.popleft())
+        while self._leaving:
+            request, reason = self._leaving.popleft()
+            if request.request_id not in self._requests:
+                continue
+            if reason:
+                self._retire(request, reason)
+            else:
+                self._forget(request)
+
+    def _leave(self, requests: list[Request], reason: str | None = None) -> None:
+        """End requests: at once where no step runs, else after the one that does. Never waits."""
+        self._leaving.extend((request, reason) for request in requests)
+        if self._stepping.acquire(blocking=False):
+            try:
+                self._apply()
+            finally:
+                self._stepping.release()
+
+    def _submit(self, conversation, params: SamplingParams, events: deque) -> Request:
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"params is a {type(params).__name__}; expected SamplingParams")
+        if params.size:
+            unirep.check_size(*params.size, self.sizes)
+        prompt = prompts.encode_conversation(conversation, self.tokenizer, self.encode_image)
+        room = self.config.max_model_len - len(prompt)
+        if room < 1:
+            limit = self.config.max_model_len
+            raise ValueError(f"the prompt has {len(prompt)} tokens; expected fewer than {limit} (max_model_len)")
+        n_answer = answer_length(params, self.grammar, room)
+        if params.n > self.config.max_num_seqs:  # told before as many samples are made
+            limit = self.config.max_num_seqs
+            raise ValueError(f"the request needs at least {params.n} rows; max_num_seqs is {limit}")
+        seed = secrets.randbits(32) if params.seed is None else params.seed
+        samples = [Sample(i, prompt, params, self.grammar, n_answer) for i in range(params.n)]
+        texts = [self.tokenizer.stream() for _ in samples]
+        request = Request(next(self._ids), samples, Lease(self.scheduler.pool), seed, texts, events)
+        self.scheduler.check(request)
+        self._requests[request.request_id] = request
+        self._arriving.append(request)
+        return request
+
+    def _advance(self, request: Request, sample: Sample, token: int) -> None:
+        """Tell a sample what was drawn, and note what it has finished by that."""
+        request.prefilled = request.prefilled or time.perf_counter()
+        is_text, layout, rows, begun = (
+            sample.next_draw is Draw.TEXT,
+            sample.layout,
+            sample.rows_done,
+            sample.image_start,
+        )
+        n_images = len(sample.images)
+        sample.advance(token)
+        if is_text:
+            text = request.texts[sample.index].step(token)
+            if sample.finish_reason:  # what is left of a character that was never finished
+                text += request.texts[sample.index].finish()
+            if text:
+                request.events.append(TextDelta(request.request_id, sample.index, text))
+        if layout and (begun != sample.image_start or sample.rows_done > rows):
+            first = begun + 3 + rows * (layout.columns + 1)
+            codes = self.tokenizer.vocab.codes(np.array(sample.tokens[first : first + layout.columns]))
+            request.events.append(ImageRow(request.request_id, sample.index, n_images, rows, layout.rows, codes))
+        self.scheduler.settle(request, sample)
+
+    def _retire(self, request: Request, reason: str | None = None) -> None:
+        """End a request and make its output. Its pages are free before its images are decoded."""
+        self._forget(request)
+        done = time.perf_counter()
+        for sample in request.samples:
+            sample.finish_reason = sample.finish_reason or reason
+        try:
+            answers = [self._read_answer(sample) for sample in request.samples]
+        except Exception as error:  # its own caller is told; whoever runs this step may be another
+            request.events.append(error)
+            return
+        admitted = request.admitted or done
+        prefilled = request.prefilled or done
+        timings = Timings(
+            queue_s=admitted - request.arrived,
+            prefill_s=prefilled - admitted,
+            decode_s=done - prefilled,
+            vq_s=time.perf_counter() - done,
+            total_s=time.perf_counter() - request.arrived,
+            n_prompt_tokens=request.samples[0].n_prompt,
+            n_answer_tokens=sum(len(sample.answer) for sample in request.samples),
+            n_steps=request.n_steps,
+        )
+        request.events.append(RequestOutput(request.request_id, answers, request.seed, timings))
+
+    def _forget(self, request: Request) -> None:
+        self.scheduler.remove(request)
+        self._requests.pop(request.request_id, None)
+
+    def _read_answer(self, sample: Sample) -> Answer:
+        vocab, tokens = self.tokenizer.vocab, sample.answer
+        if tokens and tokens[-1] == vocab.end_of_turn:
+            tokens = tokens[:-1]
+        if sample.image_start is not None:  # an aborted image is no part of the answer
+            tokens = tokens[: sample.image_start - sample.n_prompt]
+        text, start = "", 0
+        while vocab.image_start in tokens[start:]:
+            image = tokens.index(vocab.image_start, start)
+            text += self.tokenizer.decode(tokens[start:image]) + IMAGE_MARK
+            start = tokens.index(vocab.image_end, image) + 1
+        text += self.tokenizer.decode(tokens[start:])
+        pictures = [self.decode_codes(codes) for codes in sample.images]
+        return Answer(sample.index, text, pictures, sample.images, tokens, sample.finish_reason)
+
+    def _finish(
+        self, requests: list[Request], events: deque, bar: tqdm, callback: Callback | None
+    ) -> list[RequestOutput]:
+        by_id = {request.request_id: request for request in requests}
+        outputs: dict[int, RequestOutput] = {}
+        while len(outputs) < len(requests):
+            event = self._next_event(events)
+            _show(bar, event, by_id[event.request_id])
+            if callback:
+                callback(event)
+            if isinstance(event, RequestOutput):
+                outputs[event.request_id] = event
+        return [outputs[request.request_id] for request in requests]
+
+    def _next_event(self, events: deque) -> Event:
+        """Run steps, or let another thread run them, until there is an event. Raises what ended a request."""
+        while not events:
+            if not self._stepping.acquire(timeout=0.05):
+                continue  # another thread steps, for this one too
+            try:
+                if not (events or self._step() or events):
+                    raise AssertionError("a request waits, and there is nothing to run")
+            finally:
+                self._stepping.release()
+        event = events.popleft()
+        if isinstance(event, BaseException):
+            raise event
+        return event
+
+    def decode_codes(self, codes: np.ndarray) -> Image.Image:
+        """Draw the picture that codes stand for. codes: integers [rows, columns]."""
+        batch = torch.from_numpy(np.asarray(codes, dtype=np.int64))[None].to(self.model.embed.device)
+        return Image.fromarray(to_uint8(self.vqgan.decode(batch))[0].cpu().numpy())
+
+    def encode_image(self, image) -> np.ndarray:
+        """The codes of a picture, fitted to the candidate size of nearest shape.
+
+        image: PIL image, path, or bytes of a PNG, JPEG or WEBP.  Returns int64 [rows, columns].
+        """
+        pixels = images.to_pixels(images.fit(images.open_image(image), self.input_sizes))
+        codes = self.vqgan.encode(torch.from_numpy(pixels)[None].to(self.model.embed.device))
+        return codes[0].cpu().numpy()
+
+    def _answer(self, conversation, controls: dict) -> RequestOutput:
+        progress, callback = controls.pop("progress", True), controls.pop("callback", None)
+        params = sampling_params(**controls)
+        return self.generate([conversation], params, progress=progress, callback=callback)[0]
+
+    def _image_to_image(self, text: str, image, controls: dict) -> RequestOutput:
+        """Answer an image by one of the same size."""
+        codes = image if isinstance(image, np.ndarray) else self.encode_image(image)
+        rows, columns = codes.shape
+        factor = self.grammar.factor
+        defaults = {"num_images": 1, "size": (columns * factor, rows * factor), **IMAGE_TO_IMAGE}
+        return self._answer(Message("user", text, (codes,)), defaults | controls)
+
+    def _pages_that_fit(self) -> int:
+        shape, size = self.model.config, self.model.embed.element_size()
+        page_bytes = 2 * shape.n_layers * self.config.page_size * shape.kv_heads * shape.head_dim * size
+        enough = self.config.max_num_seqs * -(-self.config.max_model_len // self.config.page_size)
+        return max(1, min(int(self.config.kv_cache_gib * 2**30) // page_bytes, enough))
+
+
+class Stream:
+    """The events of one request, as they come: an iterator that ends after the RequestOutput.
+
+    request_id: what `Engine.abort` takes. Each `next` runs steps until there is an event, and raises what ended the
+    request where that was no answer.
+    """
+
+    def __init__(self, engine: Engine, request: Request):
+        self.request_id = request.request_id
+        self._engine, self._request = engine, request
+        self._is_done = False
+
+    def __iter__(self) -> Iterator[Event]:
+        return self
+
+    def __next__(self) -> Event:
+        if self._is_done:
+            raise StopIteration
+        try:
+            event = self._engine._next_event(self._request.events)
+        except BaseException:
+            self.close()
+            raise
+        self._is_done = isinstance(event, RequestOutput)
+        return event
+
+    def close(self) -> None:
+        """End the request; its pages are free at once."""
+        self._is_done = True
+        self._engine._leave([self._request])
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def __del__(self):
+        self.close()
+
+
+def engine_config(options: dict) -> EngineConfig:
+    """EngineConfig from keyword arguments. Raises ValueError for one it does not have."""
+    return _checked(EngineConfig, options)
+
+
+def sampling_params(**controls) -> SamplingParams:
+    """SamplingParams from keyword arguments. Raises ValueError for one it does not have."""
+    return _checked(SamplingParams, controls)
+
+
+def _checked(kind: type, options: dict):
+    known = [field.name for field in fields(kind)]
+    for name in options:
+        if name not in known:
+            raise ValueError(f"unknown option {name!r}; expected one of {', '.join(known)}")
+    return kind(**options)
+
+
+def _device(device: str | None) -> str:
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device is {device!r}; expected 'cpu' or 'cuda'")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is 'cuda', and torch finds no NVIDIA GPU here; use device='cpu'")
+    return device
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    if name not in dtypes:
+        raise ValueError(f"dtype is {name!r}; expected one of {', '.join(dtypes)}")
+    return dtypes[name]
+
+
+def _target_sizes(folder: Path) -> tuple[int, ...]:
+    path = folder / "generation_config.json"
+    return tuple(weights.read_json(path).get("target_sizes", TARGET_SIZES)) if path.exists() else TARGET_SIZES
+
+
+def _picks(plan: list[Work]) -> list[Pick]:
+    """Which lines of the step's hidden states each draw is made from: the last of each row."""
+    picks, line = [], -1
+    for work in plan:
+        cond = line + work.n_cond
+        line = uncond = cond + work.n_uncond
+        if work.draws:
+            picks.append(Pick(work.sample, work.request.seed, cond, uncond))
+    return picks
+
+
+def _progress_bar(requests: Iterable[Request], shown: bool) -> tqdm:
+    """A bar of image rows; images whose size the model chooses are added when they begin."""
+    params = [sample.params for request in requests for sample in request.samples]
+    total = 0
+    for request in requests:
+        for sample in request.samples:
+            if sample.layout and sample.params.num_images:
+                total += sample.params.num_images * sample.layout.rows
+    hidden = not shown or all(p.num_images == 0 for p in params)
+    # disable=None hides the bar where nobody watches (no terminal).
+    return tqdm(total=total, unit="row", disable=True if hidden else None, leave=False)
+
+
+def _show(bar: tqdm, event: Event, request: Request) -> None:
+    if not isinstance(event, ImageRow):
+        return
+    params = request.samples[event.sample].params
+    if event.row == 0 and not (params.size and params.num_images):
+        bar.total += event.n_rows
+    bar.update(1)

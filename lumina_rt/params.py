@@ -1,0 +1,111 @@
+"""What a caller decides: SamplingParams for a request, EngineConfig for an Engine. Both are checked on construction.
+
+Whether a size is one the model was trained on is not known here; the Engine checks that.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one answer is made. The names are those of diffusers and vLLM.
+
+    num_images: the answer is exactly this many images and no text, 0 is text alone; None lets the model decide.
+    size: (width, height) in pixels of every image of the answer; None lets the model choose among its sizes.
+    n: how many answers to draw for one prompt.
+    seed: of the noise; answer i of a seed is the same whatever n is. None draws a seed, which the result tells.
+    max_tokens: the most tokens an answer may have; images that were asked for by number always fit.
+    guidance_scale: logits are uncond + guidance_scale * (cond - uncond) inside images (the code's convention, one
+        more than the paper's); 1 runs no unconditional stream.
+    temperature, top_k, top_p, min_p: inside images; text_*: in text. A temperature of 0 takes the likeliest token,
+        a top_k of 0 keeps all.
+
+    Raises ValueError that names the value and what was expected.
+    """
+
+    num_images: int | None = None
+    size: tuple[int, int] | None = None
+    n: int = 1
+    seed: int | None = None
+    max_tokens: int = 8192
+    guidance_scale: float = 4.0
+    temperature: float = 1.0
+    top_k: int = 2000
+    top_p: float = 1.0
+    min_p: float = 0.0
+    text_temperature: float = 1.0
+    text_top_k: int = 10
+    text_top_p: float = 1.0
+    text_min_p: float = 0.0
+
+    def __post_init__(self):
+        if self.num_images is not None:
+            _check_int("num_images", self.num_images, 0)
+        if self.size is not None and (
+            not isinstance(self.size, (tuple, list))
+            or len(self.size) != 2
+            or not all(_is_whole(side) and side > 0 for side in self.size)
+        ):
+            raise ValueError(f"size is {self.size!r}; expected (width, height) in whole pixels")
+        if self.size is not None:
+            object.__setattr__(self, "size", tuple(self.size))
+        _check_int("n", self.n, 1)
+        if self.seed is not None:
+            _check_int("seed", self.seed, 0, 2**63 - 1)
+        _check_int("max_tokens", self.max_tokens, 1)
+        _check_real("guidance_scale", self.guidance_scale, 0, 100)
+        for prefix in ("", "text_"):
+            _check_real(f"{prefix}temperature", getattr(self, f"{prefix}temperature"), 0, 100)
+            _check_int(f"{prefix}top_k", getattr(self, f"{prefix}top_k"), 0, 2**31 - 1)
+            _check_real(f"{prefix}top_p", getattr(self, f"{prefix}top_p"), 0, 1, above=True)
+            _check_real(f"{prefix}min_p", getattr(self, f"{prefix}min_p"), 0, 1)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How an Engine uses its machine.
+
+    page_size: tokens a page of the KV cache, a power of two from 16.
+    num_pages: pages of the pool; None takes what fits into `kv_cache_gib`.
+    kv_cache_gib: GiB for the pool when num_pages is None; memory is touched only as pages are used.
+    max_num_seqs: the most rows of one step; a guided image takes two.
+    max_num_batched_tokens: the most tokens of one step; a longer prompt is prefilled in chunks.
+    max_model_len: the most tokens of one row, prompt and answer; 16 views of 384 x 384 and their prompt fit.
+
+    Raises ValueError that names the value and what was expected.
+    """
+
+    page_size: int = 256
+    num_pages: int | None = None
+    kv_cache_gib: float = 4.0
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 1024
+    max_model_len: int = 10240
+
+    def __post_init__(self):
+        _check_int("page_size", self.page_size, 16)
+        if self.page_size & (self.page_size - 1):
+            raise ValueError(f"page_size is {self.page_size}; expected a power of two from 16")
+        if self.num_pages is not None:
+            _check_int("num_pages", self.num_pages, 1)
+        _check_real("kv_cache_gib", self.kv_cache_gib, 0, 1 << 20, above=True)
+        _check_int("max_num_seqs", self.max_num_seqs, 2)
+        _check_int("max_num_batched_tokens", self.max_num_batched_tokens, 16)
+        _check_int("max_model_len", self.max_model_len, 16)
+
+
+def _is_whole(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_int(name: str, value, least: int, most: int | None = None) -> None:
+    if not _is_whole(value) or value < least or (most is not None and value > most):
+        bound = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} is {value!r}; expected a whole number {bound}")
+
+
+def _check_real(name: str, value, least: float, most: float, above: bool = False) -> None:
+    real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not real or not least <= value <= most or (above and value == least):  # NaN lies between no two numbers
+        expected = f"above {least}, at most {most}" if above else f"from {least} to {most}"
+        raise ValueError(f"{name} is {value!r}; expected a number {expected}")

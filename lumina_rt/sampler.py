@@ -1,0 +1,110 @@
+"""Status-aware decoding (paper, appendix E): which head and which controls hold for each draw of a step.
+
+Inside an image the head is computed on its codes alone, guided and under the image controls; at an open size token
+on the legal sizes; in text on everything, under the text controls, less what text may not hold. The draw itself is
+an op; nothing here keeps state between steps.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lumina_rt.kernels import Controls, NoiseKeys
+from lumina_rt.model import Model
+from lumina_rt.request import Draw, Sample
+from lumina_rt.vocab import Vocab
+
+
+@dataclass
+class Pick:
+    """One draw to make. cond, uncond: lines of the step's hidden states; equal where there is no guidance."""
+
+    sample: Sample
+    seed: int
+    cond: int
+    uncond: int
+
+
+class Sampler:
+    def __init__(self, model: Model, vocab: Vocab):
+        self.model, self.vocab = model, vocab
+        self.device = model.lm_head.device
+        self.image_tokens = torch.from_numpy(np.sort(vocab.image_ids)).to(self.device)
+        self.all_tokens = torch.arange(len(model.lm_head), device=self.device)
+        # Rows of the head beyond the tokenizer's names, padding, are no text either.
+        unnamed = np.arange(vocab.size, len(model.lm_head))
+        self.not_text = torch.from_numpy(np.concatenate((vocab.text_forbidden, unnamed))).to(self.device)
+
+    @torch.inference_mode()
+    def draw(self, picks: Sequence[Pick], hidden: Tensor) -> list[int]:
+        """Draw one token for each pick.
+
+        hidden: [n, hidden], the output of Model.forward.  Returns tokens in the order of `picks`. Raises
+        FloatingPointError when logits are not finite.
+        """
+        drawn: dict[int, int] = {}
+        codes = [pick for pick in picks if pick.sample.next_draw is Draw.CODE]
+        text = [pick for pick in picks if pick.sample.next_draw is Draw.TEXT]
+        groups = [(codes, self._code_logits), (text, self._text_logits)]
+        groups += [([pick], self._size_logits) for pick in picks if pick.sample.next_draw in (Draw.HEIGHT, Draw.WIDTH)]
+        for group, head in groups:
+            if group:
+                drawn |= zip(map(id, group), self._draw_group(group, head, hidden), strict=True)
+        return [drawn[id(pick)] for pick in picks]
+
+    def _draw_group(self, group: list[Pick], head, hidden: Tensor) -> list[int]:
+        lines = sorted({line for pick in group for line in (pick.cond, pick.uncond)})
+        at = {line: i for i, line in enumerate(lines)}
+        logits, token_ids = head(hidden[lines], group)
+        tokens = self.model.ops.guided_sample(
+            logits,
+            self._int([at[pick.cond] for pick in group]),
+            self._int([at[pick.uncond] for pick in group]),
+            token_ids,
+            self._controls(group),
+            NoiseKeys(
+                seed=self._int([pick.seed for pick in group]),
+                image=self._int([pick.sample.index for pick in group]),
+                position=self._int([len(pick.sample.tokens) for pick in group]),
+            ),
+        ).tolist()
+        if min(tokens) < 0:
+            raise FloatingPointError("the model's logits are not finite; expected numbers (are the weights sound?)")
+        return tokens
+
+    def _code_logits(self, hidden: Tensor, _group: list[Pick]) -> tuple[Tensor, Tensor]:
+        return self.model.ops.linear(hidden, self.model.image_head), self.image_tokens
+
+    def _size_logits(self, hidden: Tensor, group: list[Pick]) -> tuple[Tensor, Tensor]:
+        choices = self._int(group[0].sample.choices())
+        return self.model.ops.linear(hidden, self.model.lm_head[choices]), choices
+
+    def _text_logits(self, hidden: Tensor, group: list[Pick]) -> tuple[Tensor, Tensor]:
+        logits = self.model.ops.linear(hidden, self.model.lm_head)
+        logits[:, self.not_text] = float("-inf")
+        for line, pick in enumerate(sorted(group, key=lambda pick: pick.cond)):
+            if not pick.sample.may_start_image:
+                logits[line, self.vocab.image_start] = float("-inf")
+        return logits, self.all_tokens
+
+    def _controls(self, group: list[Pick]) -> Controls:
+        prefix = "text_" if group[0].sample.next_draw is Draw.TEXT else ""
+
+        def column(name: str, dtype: torch.dtype) -> Tensor:
+            values = [getattr(pick.sample.params, prefix + name) for pick in group]
+            return torch.tensor(values, dtype=dtype, device=self.device)
+
+        guidance = [pick.sample.params.guidance_scale if pick.cond != pick.uncond else 1.0 for pick in group]
+        return Controls(
+            guidance=torch.tensor(guidance, dtype=torch.float32, device=self.device),
+            temperature=column("temperature", torch.float32),
+            top_k=column("top_k", torch.int64),
+            top_p=column("top_p", torch.float32),
+            min_p=column("min_p", torch.float32),
+        )
+
+    def _int(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)

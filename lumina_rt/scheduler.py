@@ -1,0 +1,192 @@
+"""Continuous batching: which requests run, and what each of their rows feeds in the next step.
+
+A request is admitted when the pages of its longest possible answer are reserved, in the order of arrival; so what
+runs never waits for memory and nothing is evicted half-way. This file knows tokens and pages, not tensors of the
+model.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+
+from lumina_rt.kv_cache import KVCache, PagePool, PrefixStore, Row
+from lumina_rt.model import Step
+from lumina_rt.params import EngineConfig
+from lumina_rt.request import Request, Sample
+
+
+@dataclass
+class Work:
+    """What one sample feeds in a step: tokens of its conditional and of its unconditional row.
+
+    draws: whether the step ends with everything known fed, so that the next token can be drawn.
+    """
+
+    request: Request
+    sample: Sample
+    n_cond: int
+    n_uncond: int
+    draws: bool
+
+    def rows(self) -> list[tuple[Row, int]]:
+        rows = [(self.sample.cond, self.n_cond), (self.sample.uncond, self.n_uncond)]
+        return [(row, n) for row, n in rows if n]
+
+
+class Scheduler:
+    def __init__(self, config: EngineConfig, cache: KVCache, num_pages: int):
+        self.config, self.cache = config, cache
+        self.pool = PagePool(num_pages)
+        self.prefixes = PrefixStore(self.pool, config.page_size)
+        self.waiting: deque[Request] = deque()
+        self.running: deque[Request] = deque()
+
+    def check(self, request: Request) -> None:
+        """Raise ValueError, naming need and have, when a request can never run. Reads no state: any thread may call."""
+        rows, pages = self._n_rows(request), self._n_pages(request, n_matched=0)
+        if rows > self.config.max_num_seqs:
+            raise ValueError(f"the request needs {rows} rows; max_num_seqs is {self.config.max_num_seqs}")
+        if pages > self.pool.num_pages:
+            raise ValueError(
+                f"the request needs {pages} pages of {self.config.page_size} tokens; the pool has {self.pool.num_pages}"
+            )
+
+    def add(self, request: Request) -> None:
+        """Queue a request that `check` let pass."""
+        self.waiting.append(request)
+
+    def schedule(self, now: float) -> list[Work]:
+        """Admit what fits, then share out the tokens of one step; every page that it writes is owned afterwards."""
+        self._admit(now)
+        budget = self.config.max_num_batched_tokens
+        runnable = [(request, sample) for request in self.running for sample in self._runnable(request)]
+        # Rows that decode go before prompts, so that a long prompt stops no image; but who has waited longest goes
+        # first of all, so that a small budget starves nobody.
+        runnable.sort(key=lambda pair: (-pair[1].n_waited, pair[1].is_prefilling))
+        plan: list[Work] = []
+        for request, sample in runnable:
+            work = self._share_out(request, sample, budget)
+            sample.n_waited = 0 if work else sample.n_waited + 1
+            if work is None:
+                continue
+            budget -= work.n_cond + work.n_uncond
+            for row, n in work.rows():
+                row.make_room(n, request.lease, self.cache, self.config.page_size)
+            plan.append(work)
+        return plan
+
+    def _runnable(self, request: Request) -> list[Sample]:
+        samples = request.samples if request.has_forked else request.samples[:1]
+        return [sample for sample in samples if not sample.finish_reason]
+
+    def _share_out(self, request: Request, sample: Sample, budget: int) -> Work | None:
+        n_cond = len(sample.tokens) - sample.cond.n_cached
+        n_uncond = len(sample.pending(sample.uncond)) if sample.is_guided else 0
+        if n_cond + n_uncond <= budget:
+            return Work(request, sample, n_cond, n_uncond, draws=True)
+        # A chunk leaves at least one token, so that both rows end, and the draw is made, in the same step.
+        n_chunk = min(n_cond - 1, budget)
+        return Work(request, sample, n_chunk, 0, draws=False) if n_chunk > 0 else None
+
+    def commit(self, plan: list[Work]) -> None:
+        """Count what the step has cached, and let the other samples of a prefilled request begin."""
+        for request in {id(work.request): work.request for work in plan}.values():
+            request.n_steps += 1
+        for work in plan:
+            for row, n in work.rows():
+                row.n_cached += n
+            request = work.request
+            if work.draws and not request.has_forked:
+                request.has_forked = True
+                leader = request.samples[0]
+                for sample in request.samples[1:]:
+                    # The last shared token is fed again: its output is what each sample draws from.
+                    sample.cond.adopt(leader.cond.pages, leader.n_shared - 1, self.pool, self.config.page_size)
+
+    def settle(self, request: Request, sample: Sample) -> None:
+        """Give back the pages that a sample needs no more: of finished images, and its own when it is finished.
+
+        The row of a finished sample is kept as a prefix for as long as nobody needs its pages.
+        """
+        for row in sample.closed:
+            request.lease.refund(row)
+        sample.closed.clear()
+        if sample.finish_reason:
+            self.prefixes.keep(sample.tokens, sample.cond)
+            self._clear(sample)
+
+    def remove(self, request: Request) -> None:
+        """Forget a request, finished or not, and give back all its pages."""
+        for sample in request.samples:
+            self._clear(sample)
+        request.lease.close()
+        for queue in (self.waiting, self.running):
+            if request in queue:
+                queue.remove(request)
+
+    def _clear(self, sample: Sample) -> None:
+        for row in (sample.cond, sample.uncond, *sample.closed):
+            if row:
+                row.clear(self.pool)
+
+    def _admit(self, now: float) -> None:
+        n_rows = sum(self._n_rows(request) for request in self.running)
+        while self.waiting:
+            request = self.waiting[0]
+            n_rows += self._n_rows(request)
+            if n_rows > self.config.max_num_seqs or not self._reserve(request):
+                return
+            request.admitted = now
+            self.running.append(self.waiting.popleft())
+
+    def _reserve(self, request: Request) -> bool:
+        leader = request.samples[0]
+        pages, n_matched = self.prefixes.longest(leader.tokens[: leader.n_shared - 1])
+        if n_matched:
+            leader.cond.adopt(pages, n_matched, self.pool, self.config.page_size)
+        n_pages = self._n_pages(request, n_matched)
+        while self.pool.n_free < n_pages and len(self.prefixes):
+            self.prefixes.drop_oldest()
+        if self.pool.n_free < n_pages:
+            # An adopted page that is filled in part is held beside its copy; without it the pool may just do.
+            leader.cond.clear(self.pool)
+            n_pages = self._n_pages(request, n_matched=0)
+        if self.pool.n_free < n_pages:
+            return False
+        request.lease.open(n_pages)
+        return True
+
+    def _n_rows(self, request: Request) -> int:
+        leader = request.samples[0]
+        is_guided = leader.params.guidance_scale != 1 and leader.n_largest_image > 0
+        return len(request.samples) * (1 + is_guided)
+
+    def _n_pages(self, request: Request, n_matched: int) -> int:
+        """The pages that a request takes at most, beside those it adopts."""
+        page_size = self.config.page_size
+        n_samples, leader = len(request.samples), request.samples[0]
+        n_cond = -(-leader.n_end // page_size)
+        n_uncond = -(-leader.n_largest_image // page_size) if leader.params.guidance_scale != 1 else 0
+        n_shared = (leader.n_shared - 1) // page_size  # whole pages that all samples have in common
+        return n_samples * (n_cond + n_uncond) - (n_samples - 1) * n_shared - n_matched // page_size
+
+
+def build_step(plan: list[Work], page_size: int, device: str) -> Step:
+    """Lay out the rows of a plan as one ragged batch."""
+    tokens, positions, slots, lengths, seq_lens, tables = [], [], [], [0], [], []
+    for work in plan:
+        for row, n in work.rows():
+            places = range(row.n_cached, row.n_cached + n)
+            tokens += work.sample.pending(row)[:n]
+            positions += places
+            slots += [row.pages[place // page_size] * page_size + place % page_size for place in places]
+            lengths.append(lengths[-1] + n)
+            seq_lens.append(row.n_cached + n)
+            tables.append(row.pages)
+    n_blocks = max(len(table) for table in tables)
+    tables = [table + [0] * (n_blocks - len(table)) for table in tables]
+    return Step(
+        *(torch.tensor(values, dtype=torch.int64, device=device) for values in (tokens, positions, slots)),
+        *(torch.tensor(values, dtype=torch.int32, device=device) for values in (tables, lengths, seq_lens)),
+    )
