@@ -174,6 +174,15 @@ def test_guided_scores_keep_what_the_oracle_keeps_with_its_probabilities(cond, u
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("chosen", [{"min_p": m / 100 + 0.003} for m in range(0, 99, 9)])
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_min_p_is_a_share_of_the_largest_probability_at_every_place(chosen, temperature):
+    logits = [-i / 16 for i in range(100)]
+    chosen = {"guidance": 1.0, "temperature": temperature, "top_k": 0, "top_p": 1.0, **chosen}
+    expected = oracle(logits, logits, **chosen)
+    assert torch.equal(probabilities(torch.tensor([logits] * 2), **chosen) > 0, expected > 0)
+
+
 def test_ties_at_the_border_of_top_k_are_all_kept():
     ours = probabilities(torch.tensor([[3.0, 1.0, 1.0, 1.0, 0.0]] * 2), top_k=2)
     assert (ours > 0).tolist() == [True, True, True, True, False]
