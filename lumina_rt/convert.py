@@ -40,7 +40,7 @@ def _read_config(path) -> VQGANConfig:
         return VQGANConfig.from_dict({**params["ddconfig"], **codebook})
     except OSError as error:
         raise CheckpointError(path, [f"{error.strerror}"]) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise CheckpointError(path, [f"not YAML: {' '.join(str(error).split())}"]) from None
     except (KeyError, TypeError) as error:
         raise CheckpointError(path, [f"no model.params of a VQGAN: {error}"]) from None
@@ -63,6 +63,12 @@ def _read_tensors(path) -> dict[str, Tensor]:
     if not isinstance(state, dict):
         raise CheckpointError(path, ["no state_dict in it"])
     tensors = {name: value for name, value in state.items() if str(name).startswith(_PARTS)}
-    if odd := [f"not a tensor: {name}" for name, value in tensors.items() if not isinstance(value, Tensor)]:
+    if odd := [f"not a dense tensor: {name}" for name, value in tensors.items() if not _is_dense(value)]:
         raise CheckpointError(path, odd)
     return tensors
+
+
+def _is_dense(value) -> bool:
+    """Whether it is a plain tensor: a pickle may hold sparse, nested and meta ones too."""
+    odd = not isinstance(value, Tensor) or value.is_meta or value.is_nested
+    return not odd and value.layout == torch.strided

@@ -5,6 +5,7 @@ It knows codes, not tokens; it neither resizes nor crops, so the sides of pixels
 
 import json
 import os
+import reprlib
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -23,6 +24,7 @@ CONFIG = "vqgan.json"
 
 # Keys of the original's ddconfig that have no field here, and their one supported value.
 _FIXED = {"double_z": False, "attn_resolutions": [], "dropout": 0}
+_MOST_BLOCKS, _MOST = 64, 2**20  # of sizes in a config: beyond, the meta build overflows or takes minutes
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _ROWS = 1024  # latents compared with the codebook at a time: 32 MiB of distances for 8192 codes
 
@@ -45,13 +47,14 @@ class VQGANConfig:
     norm_groups: int = 32
 
     def __post_init__(self):
-        if not isinstance(self.ch_mult, (tuple, list)) or not self.ch_mult:
-            raise ValueError(f"ch_mult is {self.ch_mult!r}; expected one multiplier for each resolution")
+        if not isinstance(self.ch_mult, (tuple, list)) or not 1 <= len(self.ch_mult) <= 16:
+            raise ValueError(f"ch_mult is {_brief(self.ch_mult)}; expected 1 to 16 multipliers")
         object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
-        for name, value in asdict(self).items():
+        for name, value in vars(self).items():
+            most = _MOST_BLOCKS if name in ("ch_mult", "num_res_blocks") else _MOST
             for n in value if name == "ch_mult" else (value,):
-                if type(n) is not int or n < 1:
-                    raise ValueError(f"{name} is {value!r}; expected whole numbers of at least 1")
+                if type(n) is not int or not 1 <= n <= most:
+                    raise ValueError(f"{name} is {_brief(value)}; expected whole numbers from 1 to {most}")
         if self.ch % self.norm_groups:
             raise ValueError(f"ch is {self.ch}; expected a multiple of norm_groups, {self.norm_groups}")
 
@@ -79,9 +82,9 @@ class VQGANConfig:
         for name, supported in _FIXED.items():
             value = values.pop(name, supported)
             if value != supported:
-                raise ValueError(f"{name} is {value!r}; only {supported!r} is supported")
+                raise ValueError(f"{name} is {_brief(value)}; only {supported!r} is supported")
         if unknown := sorted(map(str, values.keys() - {field.name for field in fields(cls)})):
-            raise ValueError(f"{', '.join(unknown)} in the config is not supported")
+            raise ValueError(f"{_brief(unknown)} in the config: not supported")
         return cls(**values)
 
     def to_dict(self) -> dict:
@@ -305,6 +308,12 @@ def to_uint8(pixels: Tensor) -> Tensor:
     pixels: float [b, 3, H, W].  Returns uint8 [b, H, W, 3].
     """
     return ((pixels.float().clamp(-1, 1) + 1) / 2 * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def _brief(value) -> str:
+    """The repr, cut to a line: YAML's aliases can make a value that is endless or contains itself."""
+    text = reprlib.repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _encoder(c: VQGANConfig) -> nn.Sequential:

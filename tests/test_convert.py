@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,6 +13,11 @@ from lumina_rt.convert import convert_vqgan
 from lumina_rt.vqgan import CONFIG, VQGAN, WEIGHTS, VQGANConfig
 
 TINY = VQGANConfig(embed_dim=6, n_embed=20, z_channels=4, ch=32, ch_mult=(1, 2), num_res_blocks=1)
+
+# Ten lists, each of nine times the one before: some 400 bytes that print as 3 billion words.
+ALIASES = "a: &a x\n" + "\n".join(
+    f"{name}: &{name} [{', '.join([f'*{last}'] * 9)}]" for last, name in pairwise("abcdefghijk")
+)
 
 
 def original_config():
@@ -133,10 +139,22 @@ def test_a_checkpoint_without_a_state_dict_is_refused(original, content):
     assert problems_of(folder) == ["no state_dict in it"]
 
 
-def test_an_entry_that_is_no_tensor_is_refused(original):
+@pytest.mark.parametrize(
+    "disguise",
+    [
+        torch.Tensor.tolist,
+        torch.Tensor.to_sparse,
+        lambda tensor: tensor.to("meta"),
+        lambda tensor: torch.nested.nested_tensor([tensor]),
+    ],
+    ids=["list", "sparse", "meta", "nested"],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_an_entry_that_is_no_dense_tensor_is_refused(original, disguise):
     folder, tensors = original
-    torch.save({"state_dict": {**tensors, "quant_conv.bias": [0.0] * 6}}, folder / "vqgan.ckpt")
-    assert problems_of(folder) == ["not a tensor: quant_conv.bias"]
+    tensors["quant_conv.bias"] = disguise(tensors["quant_conv.bias"])
+    torch.save({"state_dict": tensors}, folder / "vqgan.ckpt")
+    assert problems_of(folder) == ["not a dense tensor: quant_conv.bias"]
 
 
 @pytest.mark.parametrize("keep", [0, 10, 2000, -30])
@@ -165,8 +183,12 @@ def test_an_absent_file_is_reported_by_its_path(original, name):
         ("model: {params: {embed_dim: 6, n_embed: 20}}", "ddconfig"),
         ("model: {params: {embed_dim: 6, ddconfig: {ch: 32}}}", "n_embed"),
         ("model: {params: {embed_dim: 6, n_embed: 20, ddconfig: {double_z: true}}}", "double_z is True"),
-        ("model: {params: {embed_dim: 6, n_embed: 20, ddconfig: {1: 2, z: 3}}}", "1, z"),
+        ("model: {params: {embed_dim: 6, n_embed: 20, ddconfig: {1: 2, z: 3}}}", "['1', 'z'] in"),
         ("model: {params: {embed_dim: 6, n_embed: -20, ddconfig: {}}}", "n_embed is -20"),
+        ('model: {params: {embed_dim: 6, n_embed: 20, ddconfig: {"a\\nb": 1}}}', r"a\nb"),
+        ("[" * 50_000, "not YAML"),
+        ("&a {model: {params: {embed_dim: *a, n_embed: 20, ddconfig: {}}}}", "embed_dim is {"),
+        (f"{ALIASES}\nmodel: {{params: {{embed_dim: 6, n_embed: 20, ddconfig: {{ch: *k}}}}}}", "ch is ["),
     ],
 )
 def test_a_bad_config_is_refused_by_name(original, text, named):
@@ -175,6 +197,7 @@ def test_a_bad_config_is_refused_by_name(original, text, named):
     (problem,) = problems_of(folder)
     assert named in problem
     assert "\n" not in problem
+    assert len(problem) < 250
 
 
 @pytest.mark.parametrize("present", [WEIGHTS, CONFIG])

@@ -352,6 +352,13 @@ def test_a_corrupt_file_is_refused(saved):
         ({"ch_mult": []}, "ch_mult is []"),
         ({"ch_mult": [1, -2]}, "ch_mult is (1, -2)"),
         ({"ch_mult": 4}, "ch_mult is 4"),
+        ({"ch_mult": [1] * 17}, "ch_mult is [1, 1, 1"),
+        ({"ch_mult": [1, 65]}, "ch_mult is (1, 65)"),
+        ({"num_res_blocks": 65}, "num_res_blocks is 65"),
+        ({"n_embed": 2**20 + 1}, "n_embed is 1048577"),
+        ({"ch": 10**30}, "ch is 1000000"),
+        ({"dropout": "x" * 10**6}, "dropout is 'xxx"),
+        ({"a\nb": 1}, r"a\nb"),
     ],
 )
 def test_an_unsupported_config_is_refused_by_name(saved, change, named):
@@ -360,6 +367,7 @@ def test_an_unsupported_config_is_refused_by_name(saved, change, named):
         VQGANConfig.load(saved / CONFIG)
     assert named in str(error.value)
     assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 200
     (problem,) = problems_of(saved)
     assert named in problem
 
@@ -369,6 +377,13 @@ def test_a_config_that_is_no_object_is_refused(saved, text):
     (saved / CONFIG).write_bytes(text.encode("latin-1"))
     (problem,) = problems_of(saved)
     assert problem.startswith(f"{CONFIG}: ")
+
+
+def test_the_largest_sizes_still_build_on_meta():
+    extremes = {"embed_dim": 2**20, "n_embed": 2**20, "z_channels": 2**20, "ch": 2**20}
+    with torch.device("meta"):
+        model = VQGAN(VQGANConfig(**extremes, in_channels=2**20, out_ch=2**20, ch_mult=(64,)))
+    assert model.decoder.conv_in.weight.shape == (2**26, 2**20, 3, 3)
 
 
 def test_the_originals_neutral_keys_are_accepted():
