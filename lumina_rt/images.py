@@ -5,6 +5,7 @@ It knows nothing of codes; vqgan.py turns pixels into codes and back.
 
 import io
 import json
+import math
 import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,42 +29,69 @@ def open_image(source: str | Path | bytes | Image.Image, max_pixels: int = 64_00
     """Decode one image: PNG, JPEG or WEBP from a path or from bytes, or a PIL image.
 
     Turns it upright by its EXIF orientation; of an animation it is the first frame. Raises ValueError for a
-    file that is missing, of another format or damaged, and, before any pixel is decoded, for more than
-    `max_pixels`.
+    file that is missing, of another format or damaged, for a source of another type, and, before any pixel is
+    decoded, for more than `max_pixels`.
     """
-    if isinstance(source, Image.Image):
-        _check_pixels("image", source, max_pixels)
-        return ImageOps.exif_transpose(source)
-    with _reader(source) as (name, image):
-        _check_pixels(name, image, max_pixels)
+    with _reader(source, max_pixels) as (_, image):
         return ImageOps.exif_transpose(image)
 
 
-def _check_pixels(name: str, image: Image.Image, max_pixels: int) -> None:
-    if image.width * image.height > max_pixels:
-        raise ValueError(f"{name} has {image.width}x{image.height} pixels; expected {max_pixels} at most")
-
-
 @contextmanager
-def _reader(source: str | Path | bytes) -> Iterator[tuple[str, Image.Image]]:
-    """Open an image file and read its header; what fails there or in the block is one ValueError line."""
-    name = "image" if isinstance(source, bytes) else str(source)
+def _reader(
+    source: str | Path | bytes | Image.Image, max_pixels: float = math.inf
+) -> Iterator[tuple[str, Image.Image]]:
+    """Read the header of an image file; what fails there or in the block is one ValueError line."""
+    if not isinstance(source, str | os.PathLike | bytes | Image.Image):
+        raise ValueError(f"image is {type(source).__name__}; expected a path, bytes or a PIL image")
+    is_path = isinstance(source, str | os.PathLike)
+    name = str(source) if is_path else "image"
     # Pipes and devices would block or never end.
-    if not isinstance(source, bytes) and not Path(source).is_file():
+    if is_path and not Path(source).is_file():
         raise ValueError(f"{name} is not a file; expected a PNG, JPEG or WEBP image")
     try:
-        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
-            start = file.read(16)
+        if isinstance(source, Image.Image):  # perhaps of a file that Pillow has not decoded yet
+            _check_pixels(name, source.size, max_pixels)
+            yield name, source
+            return
+        with open(source, "rb") if is_path else io.BytesIO(source) as file:
+            start = file.read(30)
             file.seek(0)
             reader = next((r for signature, r in _READERS.items() if start.startswith(signature)), None)
             if reader is None:
                 raise ValueError(f"{name} is not a PNG, JPEG or WEBP image")
-            yield name, reader(file)
+            if reader is WebPImagePlugin.WebPImageFile:
+                # Its decoder makes the whole canvas, and Pillow applies a limit of its own, to tell the size.
+                _check_pixels(name, _webp_size(start), max_pixels)
+            image = reader(file)
+            _check_pixels(name, image.size, max_pixels)
+            yield name, image
     except Exception as error:
         # Decoders of damaged files raise all kinds: OSError, SyntaxError, EOFError, struct.error ...
         if isinstance(error, ValueError) and str(error).startswith(name):
             raise
         raise ValueError(f"{name} cannot be read as an image: {' '.join(str(error).split())}") from error
+
+
+def _check_pixels(name: str, size: tuple[int, int], max_pixels: float) -> None:
+    width, height = size
+    if width * height > max_pixels:
+        raise ValueError(f"{name} has {width}x{height} pixels; expected {max_pixels} at most")
+
+
+def _webp_size(start: bytes) -> tuple[int, int]:
+    """(width, height) that the first 30 bytes of a WEBP claim (RFC 9649), (0, 0) where they claim none."""
+
+    def number(begin: int, end: int) -> int:
+        return int.from_bytes(start[begin:end], "little")
+
+    kind = start[12:16]
+    if kind == b"VP8X":
+        return number(24, 27) + 1, number(27, 30) + 1
+    if kind == b"VP8L":
+        return number(21, 25) % 2**14 + 1, (number(21, 25) >> 14) % 2**14 + 1
+    if kind == b"VP8 ":
+        return number(26, 28) % 2**14, number(28, 30) % 2**14
+    return 0, 0
 
 
 def best_size(width: int, height: int, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -133,10 +161,10 @@ def to_pixels(image: Image.Image) -> np.ndarray:
 
 
 def save_png(image: Image.Image, path: str | Path, settings: Mapping | None = None, force: bool = False) -> None:
-    """Write a PNG that carries `settings` (anything JSON can hold) in a text chunk named "lumina_rt".
+    """Write a PNG that carries `settings` (anything JSON can hold) in an iTXt chunk named "lumina_rt".
 
     The file appears whole or not at all. Raises ValueError when it is there already and `force` is not given,
-    and when it cannot be written.
+    when it cannot be written, and for settings that JSON cannot hold.
     """
     path = Path(path)
     if path.is_dir():
@@ -145,7 +173,10 @@ def save_png(image: Image.Image, path: str | Path, settings: Mapping | None = No
         raise ValueError(f"{path} exists already; it is replaced only by force")
     info = PngImagePlugin.PngInfo()
     if settings is not None:
-        info.add_text(SETTINGS_KEY, json.dumps(dict(settings)))
+        try:
+            info.add_itxt(SETTINGS_KEY, json.dumps(dict(settings)))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"settings cannot be written as JSON: {error}") from error
     # In the same folder, as a rename is atomic only within one file system.
     partial = path.with_name(f".{secrets.token_hex(8)}.partial")
     try:

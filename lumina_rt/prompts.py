@@ -156,7 +156,7 @@ def _message(turn: Message | Mapping, i: int) -> Message:
     n_marks = text.count(IMAGE_MARK)
     if n_marks != n_images:
         marks = _count(n_marks, f"{IMAGE_MARK} mark")
-        raise ValueError(f"{_count(n_images, 'image')} for {marks} in message {i}")
+        raise ValueError(f"{_count(n_images, 'image')} for {marks} in message {i}; expected one mark an image")
     return replace(turn, text=text, images=tuple(turn.images))
 
 

@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from PIL.PngImagePlugin import PngInfo, iTXt
 
 from lumina_rt.images import best_size, fit, open_image, read_settings, save_png, to_pixels
 from lumina_rt.unirep import candidate_sizes
@@ -103,6 +103,55 @@ def test_an_image_bomb_is_refused_by_its_header(tmp_path, width, height):
     path.write_bytes(png_header(width, height))
     with pytest.raises(ValueError, match=rf"bomb\.png has {width}x{height} pixels; expected 64000000 at most"):
         open_image(path)
+
+
+def webp_header(kind, width, height):
+    """A WEBP that claims a size and holds nothing."""
+    if kind == b"VP8X":
+        body = bytes(4) + (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    elif kind == b"VP8L":
+        body = b"\x2f" + (width - 1 | height - 1 << 14).to_bytes(4, "little") + bytes(5)
+    else:
+        body = bytes(3) + b"\x9d\x01\x2a" + struct.pack("<HH", width, height)
+    chunk = b"WEBP" + kind + struct.pack("<I", len(body)) + body
+    return b"RIFF" + struct.pack("<I", len(chunk)) + chunk
+
+
+@pytest.mark.parametrize("kind", [b"VP8X", b"VP8L", b"VP8 "])
+@pytest.mark.parametrize(("width", "height"), [(16_383, 16_380), (9_000, 9_001)])
+def test_a_webp_bomb_is_refused_before_its_canvas_is_made(monkeypatch, kind, width, height):
+    def never(content):
+        raise AssertionError("the decoder allocates the canvas")
+
+    monkeypatch.setattr("PIL._webp.WebPAnimDecoder", never)
+    with pytest.raises(ValueError, match=f"^image has {width}x{height} pixels; expected 64000000 at most$"):
+        open_image(webp_header(kind, width, height))
+
+
+@pytest.mark.parametrize(("format", "options"), [("WEBP", {"lossless": True}), ("WEBP", {}), ("PNG", {}), ("JPEG", {})])
+def test_the_limit_is_exact_for_every_format(format, options):
+    content = as_bytes(picture(40, 30), format, **options)
+    assert open_image(content, max_pixels=1200).size == (40, 30)
+    with pytest.raises(ValueError, match="has 40x30 pixels; expected 1199 at most"):
+        open_image(content, max_pixels=1199)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_caller_may_allow_more_than_pillow_does():
+    content = as_bytes(Image.new("1", (10_000, 9_500)), "PNG")
+    assert open_image(content, max_pixels=95_000_000).size == (10_000, 9_500)
+
+
+def test_a_truncated_image_that_pillow_opened_is_refused_too():
+    content = as_bytes(picture(), "PNG")
+    with pytest.raises(ValueError, match=r"^image cannot be read as an image: image file is truncated"):
+        open_image(Image.open(io.BytesIO(content[: len(content) // 2])))
+
+
+@pytest.mark.parametrize("source", [None, 7, np.zeros((4, 4, 3), np.uint8)], ids=["None", "int", "ndarray"])
+def test_a_source_of_another_type_is_told(source):
+    with pytest.raises(ValueError, match=f"^image is {type(source).__name__}; expected a path, bytes or a PIL image$"):
+        open_image(source)
 
 
 def test_the_limit_holds_for_images_too_and_to_the_pixel():
@@ -302,7 +351,14 @@ def test_settings_travel_with_the_image(tmp_path):
     save_png(picture(), path, SETTINGS)
     assert read_settings(path) == SETTINGS
     np.testing.assert_array_equal(np.asarray(open_image(path)), np.asarray(picture()))
-    assert "lumina_rt" in Image.open(path).text
+    assert isinstance(Image.open(path).text["lumina_rt"], iTXt)
+
+
+@pytest.mark.parametrize("value", [object(), np.float32(1), {1, 2}])
+def test_settings_that_json_cannot_hold_are_refused_and_nothing_is_written(tmp_path, value):
+    with pytest.raises(ValueError, match=r"^settings cannot be written as JSON: "):
+        save_png(picture(), tmp_path / "a.png", {"value": value})
+    assert os.listdir(tmp_path) == []
 
 
 def test_images_without_settings_have_none(tmp_path):

@@ -107,6 +107,7 @@ def test_a_checked_conversation_stays_as_it_is():
 
 
 USER, ASSISTANT = Message("user", "q"), Message("assistant", "a")
+EACH = "; expected one mark an image"
 
 
 @pytest.mark.parametrize(
@@ -130,11 +131,11 @@ USER, ASSISTANT = Message("user", "q"), Message("assistant", "a")
         (Message("user", "a", (7,)), "an image of message 0 is int"),
         (Message("user", "a", (np.zeros((2, 2)),)), r"codes in message 0 are float64 of shape \(2, 2\)"),
         (Message("user", "a", (np.zeros(4, dtype=int),)), r"int64 of shape \(4,\)"),
-        ("what? <|image|>", r"^0 images for 1 <\|image\|> mark in message 0$"),
-        (Message("user", "<|image|>", (PICTURE,) * 2), r"^2 images for 1 <\|image\|> mark in message 0$"),
+        ("what? <|image|>", rf"^0 images for 1 <\|image\|> mark in message 0{EACH}$"),
+        (Message("user", "<|image|>", (PICTURE,) * 2), rf"^2 images for 1 <\|image\|> mark in message 0{EACH}$"),
         (
             Message("user", "<|image|><|image|>", (PICTURE,)),
-            r"^1 image for 2 <\|image\|> marks in message 0$",
+            rf"^1 image for 2 <\|image\|> marks in message 0{EACH}$",
         ),
         ([USER, Message("assistant", "see <|image|>"), USER], "0 images for 1 .* in message 1"),
     ],
