@@ -188,18 +188,17 @@ class Engine:
         prompt: one (one result) or several (a list of results).  width, height: pixels, a legal size; the model's
         own by default.  controls: further fields of SamplingParams.
         """
-        size = (width or self.default_size[0], height or self.default_size[1])
-        unirep.check_size(*size, self.sizes)
-        params = sampling_params(
-            size=size,
-            num_images=1,
-            n=num_images_per_prompt,
-            guidance_scale=guidance_scale,
-            seed=seed,
-            **controls,
+        if not isinstance(prompt, (str, list, tuple)):
+            raise ValueError(f"prompt is a {type(prompt).__name__}; expected a str, or a list of them")
+        size = tuple(
+            default if side is None else side for side, default in zip((width, height), self.default_size, strict=True)
         )
+        params = sampling_params(
+            size=size, num_images=1, n=num_images_per_prompt, guidance_scale=guidance_scale, seed=seed, **controls
+        )
+        unirep.check_size(*params.size, self.sizes)
         several = [prompt] if isinstance(prompt, str) else prompt
-        texts = [prompts.text_to_image(text, *size) for text in several]
+        texts = [prompts.text_to_image(text, *params.size) for text in several]
         outputs = self.generate(texts, params, progress=progress, callback=callback)
         return outputs[0] if isinstance(prompt, str) else outputs
 

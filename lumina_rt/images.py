@@ -74,6 +74,8 @@ def _reader(
 
 def _check_pixels(name: str, size: tuple[int, int], max_pixels: float) -> None:
     width, height = size
+    if width * height == 0:
+        raise ValueError(f"{name} has {width}x{height} pixels; expected at least one")
     if width * height > max_pixels:
         raise ValueError(f"{name} has {width}x{height} pixels; expected {max_pixels} at most")
 

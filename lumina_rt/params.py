@@ -4,6 +4,7 @@ Whether a size is one the model was trained on is not known here; the Engine che
 """
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 
 @dataclass(frozen=True)
@@ -39,26 +40,22 @@ class SamplingParams:
     text_min_p: float = 0.0
 
     def __post_init__(self):
-        if self.num_images is not None:
-            _check_int("num_images", self.num_images, 0)
-        if self.size is not None and (
-            not isinstance(self.size, (tuple, list))
-            or len(self.size) != 2
-            or not all(_is_whole(side) and side > 0 for side in self.size)
-        ):
-            raise ValueError(f"size is {self.size!r}; expected (width, height) in whole pixels")
         if self.size is not None:
-            object.__setattr__(self, "size", tuple(self.size))
-        _check_int("n", self.n, 1)
+            if not isinstance(self.size, (tuple, list)) or len(self.size) != 2 or not all(map(_is_side, self.size)):
+                raise ValueError(f"size is {self.size!r}; expected (width, height) in whole pixels")
+            object.__setattr__(self, "size", tuple(map(int, self.size)))
+        if self.num_images is not None:
+            _take_int(self, "num_images", 0)
         if self.seed is not None:
-            _check_int("seed", self.seed, 0, 2**63 - 1)
-        _check_int("max_tokens", self.max_tokens, 1)
-        _check_real("guidance_scale", self.guidance_scale, 0, 100)
+            _take_int(self, "seed", 0, 2**63 - 1)
+        _take_int(self, "n", 1)
+        _take_int(self, "max_tokens", 1)
+        _take_float(self, "guidance_scale", 0, 100)
         for prefix in ("", "text_"):
-            _check_real(f"{prefix}temperature", getattr(self, f"{prefix}temperature"), 0, 100)
-            _check_int(f"{prefix}top_k", getattr(self, f"{prefix}top_k"), 0, 2**31 - 1)
-            _check_real(f"{prefix}top_p", getattr(self, f"{prefix}top_p"), 0, 1, above=True)
-            _check_real(f"{prefix}min_p", getattr(self, f"{prefix}min_p"), 0, 1)
+            _take_float(self, prefix + "temperature", 0, 100)
+            _take_int(self, prefix + "top_k", 0, 2**31 - 1)
+            _take_float(self, prefix + "top_p", 0, 1, above=True)
+            _take_float(self, prefix + "min_p", 0, 1)
 
 
 @dataclass(frozen=True)
@@ -83,29 +80,36 @@ class EngineConfig:
     max_model_len: int = 10240
 
     def __post_init__(self):
-        _check_int("page_size", self.page_size, 16)
+        _take_int(self, "page_size", 16)
         if self.page_size & (self.page_size - 1):
             raise ValueError(f"page_size is {self.page_size}; expected a power of two from 16")
         if self.num_pages is not None:
-            _check_int("num_pages", self.num_pages, 1)
-        _check_real("kv_cache_gib", self.kv_cache_gib, 0, 1 << 20, above=True)
-        _check_int("max_num_seqs", self.max_num_seqs, 2)
-        _check_int("max_num_batched_tokens", self.max_num_batched_tokens, 16)
-        _check_int("max_model_len", self.max_model_len, 16)
+            _take_int(self, "num_pages", 1)
+        _take_float(self, "kv_cache_gib", 0, 1 << 20, above=True)
+        _take_int(self, "max_num_seqs", 2)
+        _take_int(self, "max_num_batched_tokens", 16)
+        _take_int(self, "max_model_len", 16)
 
 
-def _is_whole(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_side(value) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and value > 0
 
 
-def _check_int(name: str, value, least: int, most: int | None = None) -> None:
-    if not _is_whole(value) or value < least or (most is not None and value > most):
+def _take_int(params, name: str, least: int, most: int | None = None) -> None:
+    """Check a field and make it a plain int, as numpy's count as well."""
+    value = getattr(params, name)
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
         bound = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{name} is {value!r}; expected a whole number {bound}")
+    object.__setattr__(params, name, int(value))
 
 
-def _check_real(name: str, value, least: float, most: float, above: bool = False) -> None:
-    real = isinstance(value, (int, float)) and not isinstance(value, bool)
+def _take_float(params, name: str, least: float, most: float, above: bool = False) -> None:
+    """Check a field and make it a plain float."""
+    value = getattr(params, name)
+    real = isinstance(value, Real) and not isinstance(value, bool)
     if not real or not least <= value <= most or (above and value == least):  # NaN lies between no two numbers
         expected = f"above {least}, at most {most}" if above else f"from {least} to {most}"
         raise ValueError(f"{name} is {value!r}; expected a number {expected}")
+    object.__setattr__(params, name, float(value))

@@ -26,6 +26,8 @@ def text_to_image(prompt: str, width: int, height: int) -> str:
 
 def multiview(prompt: str, views: int = 16, size: int = 384) -> str:
     """Ask for `views` square images of one object, `size` pixels a side (paper, figure 18)."""
+    if views < 1:
+        raise ValueError(f"views is {views!r}; expected at least 1")
     # The paper does not tell the space after the colon; text_to_image has a line break for certain.
     words = _words("prompt", prompt)
     return f"Generate {views} object views of {size}x{size} according to the following prompt:\n{words}"

@@ -155,6 +155,13 @@ def test_a_seed_gives_the_same_image_and_none_gives_another(engine):
     assert engine.generate_image("a dog", 64, 64, seed=unseeded.seed).token_ids == unseeded.token_ids
 
 
+def test_numbers_of_numpy_count_as_numbers(engine):
+    plain = engine.generate_image("a dog", 64, 64, seed=7, guidance_scale=3)
+    other = engine.generate_image("a dog", np.int64(64), np.int64(64), seed=np.int32(7), guidance_scale=np.float32(3))
+    assert other.token_ids == plain.token_ids
+    assert type(other.seed) is int
+
+
 def test_an_image_of_a_seed_does_not_depend_on_how_many_are_asked_for(engine):
     two = engine.generate_image("a dog", 64, 64, num_images_per_prompt=2, seed=7)
     five = engine.generate_image("a dog", 64, 64, num_images_per_prompt=5, seed=7)
@@ -246,7 +253,13 @@ def one_line(caught):
     ("call", "expected"),
     [
         (lambda e: e.generate_image("a", 100, 64), "size 100x64 .* nearest are 64x64"),
-        (lambda e: e.generate_image("a", -64, 64), "size -64x64"),
+        (lambda e: e.generate_image("a", -64, 64), r"size is \(-64, 64\)"),
+        (lambda e: e.generate_image("a", 0, 64), r"size is \(0, 64\)"),
+        (lambda e: e.generate_image("a", 64.0, 64), r"size is \(64.0, 64\)"),
+        (lambda e: e.generate_image(None, 64, 64), "prompt is a NoneType"),
+        (lambda e: e.multiview("a", views=0, size=64), "views is 0"),
+        (lambda e: e.segment(Image.new("L", (0, 5))), "0x5 pixels; expected at least one"),
+        (lambda e: e.segment(None), "image is NoneType"),
         (lambda e: e.generate_image("", 64, 64), "prompt is ''"),
         (lambda e: e.generate_image("a <|image|>", 64, 64), r"<\|image\|>"),
         (
