@@ -250,8 +250,11 @@ class Engine:
         When a step fails, the requests in it are ended, their pages returned, and the error raised to whoever waits
         for them.
         """
-        with self._stepping:
+        self._stepping.acquire()
+        try:
             return self._step()
+        finally:
+            self._release()
 
     def _step(self) -> bool:
         self._apply()
@@ -300,7 +303,12 @@ class Engine:
             try:
                 self._apply()
             finally:
-                self._stepping.release()
+                self._release()
+
+    def _release(self) -> None:
+        self._stepping.release()
+        if self._leaving:  # somebody came between the last look and the release
+            self._leave([])
 
     def _submit(self, conversation, params: SamplingParams, events: deque) -> Request:
         if not isinstance(params, SamplingParams):
@@ -328,13 +336,8 @@ class Engine:
     def _advance(self, request: Request, sample: Sample, token: int) -> None:
         """Tell a sample what was drawn, and note what it has finished by that."""
         request.prefilled = request.prefilled or time.perf_counter()
-        is_text, layout, rows, begun = (
-            sample.next_draw is Draw.TEXT,
-            sample.layout,
-            sample.rows_done,
-            sample.image_start,
-        )
-        n_images = len(sample.images)
+        is_text = sample.next_draw is Draw.TEXT
+        begun, layout, rows, n_images = sample.image_start, sample.layout, sample.rows_done, len(sample.images)
         sample.advance(token)
         if is_text:
             text = request.texts[sample.index].step(token)
@@ -415,7 +418,7 @@ class Engine:
                 if not (events or self._step() or events):
                     raise AssertionError("a request waits, and there is nothing to run")
             finally:
-                self._stepping.release()
+                self._release()
         event = events.popleft()
         if isinstance(event, BaseException):
             raise event

@@ -269,6 +269,12 @@ def test_saved_and_loaded_is_bit_equal(tiny, saved):
     assert json.loads((saved / CONFIG).read_text())["ch_mult"] == [1, 2]
 
 
+def test_loading_draws_no_random_numbers(saved):
+    before = torch.get_rng_state()
+    VQGAN.from_pretrained(saved)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_bfloat16_loads_and_still_gives_float32_pixels(tiny, saved):
     loaded = VQGAN.from_pretrained(saved, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
