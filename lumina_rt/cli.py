@@ -73,9 +73,6 @@ def _message(error: Exception) -> str:
     return " ".join(text.split())
 
 
-# -- Options --------------------------------------------------------------------------------------------------------
-
-
 def add_fields(parser, kind: type, names: Sequence[str], defaults: Mapping | None = None) -> None:
     """Add an option for each of the named fields of a dataclass.
 
@@ -248,9 +245,6 @@ def _engine(args) -> Engine:
     return engine
 
 
-# -- Files ----------------------------------------------------------------------------------------------------------
-
-
 def output_paths(output: str, n: int) -> list[Path]:
     """The files of n images: `output` itself for one, else numbered before its suffix."""
     path = Path(output)
@@ -311,9 +305,6 @@ def _report(args, results: list[dict]) -> tuple[dict, list[str]]:
             )
     report = {"command": args.command, "version": VERSION, "model": args.model, "results": results}
     return report, [file for result in results for file in result["files"]]
-
-
-# -- Commands: each returns the object of --json, and the lines that are printed without it -------------------------
 
 
 def _generate(args):

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
 from lumina_rt import weights
+from lumina_rt.vocab import image_name, reserved_name
 from lumina_rt.vqgan import VQGAN, VQGANConfig
 
 TINY_MODEL = {
@@ -82,11 +83,9 @@ def write_tokenizer(folder: Path, n_codes: int, vocab_size: int | None = None) -
     With 8,192 codes the ids of the names are those of the published tokenizer. vocab_size: padded up to this.
     """
     names = ["<s>", "<pad>", "</s>", "<unk>"]
-    names += [
-        "IMGIMG" + str(code).translate(str.maketrans("0123456789", "ABCDEFGHIJ")) + "Z" for code in range(n_codes)
-    ]
+    names += [image_name(code) for code in range(n_codes)]
     names += ["<eoss>", "<racm3:break>"]
-    names += [f"<reserved{n:05d}>" for n in range(8194, 8865)]
+    names += [reserved_name(n) for n in range(8194, 8865)]
     names += sorted(pre_tokenizers.ByteLevel.alphabet())
     names += [f"<filler{n}>" for n in range(len(names), vocab_size or 0)]
     ids = {name: id for id, name in enumerate(names)}

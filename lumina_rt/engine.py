@@ -103,21 +103,21 @@ class Engine:
         arguments that name nothing known.
         """
         config = engine_config(options)
-        device = _device(device)
+        device, torch_dtype = _device(device), _dtype(dtype)
         folder = hub.find_model(model)
+        target_sizes = _target_sizes(folder)
         tokens = Tokenizer.from_file(hub.find_tokenizer(folder, tokenizer))
-        image_ids = torch.from_numpy(np.sort(tokens.vocab.image_ids))
-        torch_dtype = _dtype(dtype) if dtype else weights.stored_dtype(folder)
-        loaded = weights.load(folder, reference, image_ids, config.max_model_len, torch_dtype, device)
+        # Before the weights, which may take minutes: what is wrong with the small files is told at once.
         image_tokenizer = VQGAN.from_pretrained(hub.find_vqgan(folder, vqgan), device=device)
-        problems = []
-        if image_tokenizer.config.n_embed != len(image_ids):
-            problems.append(f"{image_tokenizer.config.n_embed} codes in the VQGAN, {len(image_ids)} in the tokenizer")
-        if tokens.vocab.size > loaded.config.vocab_size + 1:  # <|image|> stands one beyond the embedding
-            problems.append(f"{tokens.vocab.size} ids in the tokenizer, {loaded.config.vocab_size} in the model")
-        if problems:
-            raise CheckpointError(folder, problems)
-        return cls(loaded, tokens, image_tokenizer, config, _target_sizes(folder))
+        n_codes, n_tokens = image_tokenizer.config.n_embed, len(tokens.vocab.image_ids)
+        if n_codes != n_tokens:
+            raise CheckpointError(folder, [f"{n_codes} codes in the VQGAN, {n_tokens} in the tokenizer"])
+        image_ids = torch.from_numpy(tokens.vocab.image_tokens)
+        loaded = weights.load(folder, reference, image_ids, config.max_model_len, torch_dtype, device)
+        if tokens.vocab.size > loaded.config.vocab_size:
+            problem = f"{tokens.vocab.size} ids in the tokenizer, {loaded.config.vocab_size} in the model"
+            raise CheckpointError(folder, [problem])
+        return cls(loaded, tokens, image_tokenizer, config, target_sizes)
 
     def generate(
         self,
@@ -446,10 +446,10 @@ class Engine:
     def _image_to_image(self, text: str, image, controls: dict) -> RequestOutput:
         """Answer an image by one of the same size."""
         codes = image if isinstance(image, np.ndarray) else self.encode_image(image)
-        rows, columns = codes.shape
-        factor = self.grammar.factor
-        defaults = {"num_images": 1, "size": (columns * factor, rows * factor), **IMAGE_TO_IMAGE}
-        return self._answer(Message("user", text, (codes,)), defaults | controls)
+        question = prompts.as_conversation(Message("user", text, (codes,)))
+        size = unirep.Layout(*codes.shape).size(self.grammar.factor)
+        defaults = {"num_images": 1, "size": size, **IMAGE_TO_IMAGE}
+        return self._answer(question, defaults | controls)
 
     def _pages_that_fit(self) -> int:
         shape, size = self.model.config, self.model.embed.element_size()
@@ -526,16 +526,18 @@ def _device(device: str | None) -> str:
     return device
 
 
-def _dtype(name: str) -> torch.dtype:
-    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-    if name not in dtypes:
-        raise ValueError(f"dtype is {name!r}; expected one of {', '.join(dtypes)}")
-    return dtypes[name]
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name is not None and name not in weights.DTYPES:
+        raise ValueError(f"dtype is {name!r}; expected one of {', '.join(weights.DTYPES)}")
+    return weights.DTYPES.get(name)
 
 
 def _target_sizes(folder: Path) -> tuple[int, ...]:
     path = folder / "generation_config.json"
-    return tuple(weights.read_json(path).get("target_sizes", TARGET_SIZES)) if path.exists() else TARGET_SIZES
+    sizes = weights.read_json(path).get("target_sizes", TARGET_SIZES) if path.exists() else TARGET_SIZES
+    if not isinstance(sizes, (list, tuple)) or not sizes or not all(isinstance(n, int) and n > 0 for n in sizes):
+        raise CheckpointError(folder, [f"target_sizes is {sizes!r} in {path.name}; expected a list of whole numbers"])
+    return tuple(sizes)
 
 
 def _picks(plan: list[Work]) -> list[Pick]:

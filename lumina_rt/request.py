@@ -57,6 +57,7 @@ class Sample:
         self.n_prompt = len(prompt)
         self.n_end = len(prompt) + n_answer
         self.cond, self.uncond = Row(), None
+        self._asked = Layout.from_size(*params.size, grammar.factor) if params.size else None
         self.image_start: int | None = None
         self.layout: Layout | None = None
         self.images: list[np.ndarray] = []
@@ -69,10 +70,6 @@ class Sample:
     @property
     def answer(self) -> list[int]:
         return self.tokens[self.n_prompt :]
-
-    @property
-    def in_image(self) -> bool:
-        return self.image_start is not None
 
     @property
     def next_draw(self) -> Draw:
@@ -115,13 +112,13 @@ class Sample:
         """Tokens of the largest image that the answer may hold; 0 where it may hold none."""
         if self.params.num_images == 0:
             return 0
-        largest = self._asked_layout() or self.grammar.layouts[-1]
+        largest = self._asked or self.grammar.layouts[-1]
         return min(largest.n_tokens, self.n_end - self.n_prompt)
 
     @property
     def may_start_image(self) -> bool:
         """Whether a text answer may turn to an image here: allowed, and room for the smallest size."""
-        smallest = self._asked_layout() or self.grammar.layouts[0]
+        smallest = self._asked or self.grammar.layouts[0]
         return self.params.num_images is None and len(self.tokens) + smallest.n_tokens <= self.n_end
 
     def advance(self, token: int) -> None:
@@ -163,14 +160,11 @@ class Sample:
                 return None
             return vocab.image_start if len(self.images) < params.num_images else vocab.end_of_turn
         i = len(self.tokens) - self.image_start
-        asked = self._asked_layout()
         if i < 3:
+            asked = self._asked
             return asked and vocab.grid_token(asked.grid_height if i == 1 else asked.grid_width)
         slot = self.layout.slot(i)
         return {Slot.END_OF_LINE: vocab.end_of_line, Slot.END: vocab.image_end}.get(slot)
-
-    def _asked_layout(self) -> Layout | None:
-        return Layout.from_size(*self.params.size, self.grammar.factor) if self.params.size else None
 
 
 def answer_length(params: SamplingParams, grammar: Grammar, room: int) -> int:

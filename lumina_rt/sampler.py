@@ -32,7 +32,7 @@ class Sampler:
     def __init__(self, model: Model, vocab: Vocab):
         self.model, self.vocab = model, vocab
         self.device = model.lm_head.device
-        self.image_tokens = torch.from_numpy(np.sort(vocab.image_ids)).to(self.device)
+        self.image_tokens = torch.from_numpy(vocab.image_tokens).to(self.device)
         self.all_tokens = torch.arange(len(model.lm_head), device=self.device)
         # Rows of the head beyond the tokenizer's names, padding, are no text either.
         unnamed = np.arange(vocab.size, len(model.lm_head))

@@ -44,7 +44,7 @@ class Vocab:
 
     bos, image_start, image_end, end_of_line, end_of_turn: ids.
     size: one more than the largest id of the embedding table, in which `<|image|>` does not count.
-    image_ids: int64 [n_codes], the token of each code.
+    image_ids: int64 [n_codes], the token of each code.  image_tokens: the same, ascending.
     control_ids: every id that text of a user may never become.
     text_forbidden: int64, the control ids below `size` that a text answer may not hold: all but image_start
         and end_of_turn.
@@ -70,6 +70,7 @@ class Vocab:
         self.size = max(id for name, id in ids.items() if name != _PLACEHOLDER) + 1
         self.image_ids = np.array([ids[image_name(code)] for code in range(n_codes)], dtype=np.int64)
         self.image_ids.setflags(write=False)
+        self.image_tokens = np.sort(self.image_ids)
         self._codes = np.full(self.size, -1, dtype=np.int64)
         self._codes[self.image_ids] = np.arange(n_codes)
         reserved = {int(match[1]): ids[name] for name in ids if (match := _RESERVED_NAME.fullmatch(name))}

@@ -20,6 +20,7 @@ from lumina_rt.model import Layer, Model, ModelConfig, rope_table
 
 # Upstream Chameleon checkpoints hold the encoder of the image tokenizer too; ours comes from vqgan.safetensors.
 IGNORED_PREFIX = "model.vqmodel."
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def read_json(path: Path) -> dict:
@@ -109,19 +110,29 @@ def config_from_json(values: Mapping, folder: Path | str = "config.json") -> Mod
         if values.get(key, supported) not in (supported, None):
             problems.append(f"{key} {json.dumps(values[key])[:80]} is not supported; expected {json.dumps(supported)}")
     rope = values.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
+    if not isinstance(rope, dict):
+        problems.append(f"rope_parameters is {rope!r}; expected an object")
+    elif rope.get("rope_type", "default") != "default":
         problems.append(f"rope_type {rope['rope_type']!r} is not supported; expected 'default'")
     sizes = {}
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
         sizes[key] = values.get(key)
         if not isinstance(sizes[key], int) or sizes[key] <= 0:
             problems.append(f"{key} is {sizes[key]!r}; expected a positive whole number")
+    kv_heads = values.get("num_key_value_heads") or sizes["num_attention_heads"]
+    rows = values.get("model_parallel_size") or 1
+    for key, value in (("num_key_value_heads", kv_heads), ("model_parallel_size", rows)):
+        if not isinstance(value, int) or value < 0:
+            problems.append(f"{key} is {value!r}; expected a positive whole number")
+    norm_eps = values.get("rms_norm_eps", 1e-5)
+    rope_theta = (isinstance(rope, dict) and rope.get("rope_theta")) or values.get("rope_theta") or 10000.0
+    for key, value in (("rms_norm_eps", norm_eps), ("rope_theta", rope_theta)):
+        if not isinstance(value, (int, float)) or value <= 0:
+            problems.append(f"{key} is {value!r}; expected a positive number")
     if problems:
         raise CheckpointError(folder, problems)
 
     hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
-    kv_heads = values.get("num_key_value_heads") or heads
-    rows = values.get("model_parallel_size") or 1
     if hidden % heads or heads % kv_heads or hidden // heads % 2:
         raise CheckpointError(folder, [f"{heads} heads and {kv_heads} key-value heads do not divide {hidden} evenly"])
     return ModelConfig(
@@ -134,8 +145,8 @@ def config_from_json(values: Mapping, folder: Path | str = "config.json") -> Mod
         head_dim=hidden // heads,
         qk_norm_rows=(rows, rows),
         post_norm=bool(values.get("swin_norm", False)),
-        norm_eps=float(values.get("rms_norm_eps", 1e-5)),
-        rope_theta=float(rope.get("rope_theta") or values.get("rope_theta") or 10000.0),
+        norm_eps=float(norm_eps),
+        rope_theta=float(rope_theta),
     )
 
 
@@ -185,14 +196,16 @@ def _check(checkpoint: Checkpoint, config: ModelConfig) -> None:
 
 
 def load(
-    folder: Path, ops: ModuleType, image_ids: Tensor, max_positions: int, dtype: torch.dtype, device: str
+    folder: Path, ops: ModuleType, image_ids: Tensor, max_positions: int, dtype: torch.dtype | None, device: str
 ) -> Model:
     """Load a checkpoint folder.
 
     image_ids: int64 [n_codes], ascending tokens whose rows of the head are wanted apart.  max_positions: length of
-    the RoPE table.  Raises CheckpointError with everything that is wrong.
+    the RoPE table.  dtype: None for the checkpoint's own.  Raises CheckpointError with everything that is wrong.
     """
-    config = config_from_json(read_json(folder / "config.json"), folder)
+    values = read_json(folder / "config.json")
+    config = config_from_json(values, folder)
+    dtype = dtype or _stored_dtype(values, folder)
     checkpoint = Checkpoint(folder)
     _check(checkpoint, config)
     if int(image_ids.max()) >= config.vocab_size:
@@ -243,14 +256,12 @@ def load(
     )
 
 
-def stored_dtype(folder: Path) -> torch.dtype:
+def _stored_dtype(values: Mapping, folder: Path) -> torch.dtype:
     """The dtype that config.json names; bf16 where it names none. Raises CheckpointError for one we do not run."""
-    values = read_json(folder / "config.json")
     name = values.get("dtype") or values.get("torch_dtype") or "bfloat16"
-    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-    if name not in dtypes:
-        raise CheckpointError(folder, [f"dtype {name!r} is not run as it is; ask for one of {', '.join(dtypes)}"])
-    return dtypes[name]
+    if name not in DTYPES:
+        raise CheckpointError(folder, [f"dtype {name!r} is not run as it is; ask for one of {', '.join(DTYPES)}"])
+    return DTYPES[name]
 
 
 def n_bytes(model: Model) -> int:

@@ -83,9 +83,6 @@ def error_line(code, out, err):
     return line
 
 
-# -- Commands ---------------------------------------------------------------------------------------------------------
-
-
 def test_generate_writes_the_image_that_the_engine_makes_and_prints_its_name(run, checkpoint, tmp_path):
     code, out, err = run("generate", "a dog", *SMALL, "--seed", "7", "--top-k", "30")
     assert (code, out, err) == (0, "lumina.png\n", "")
@@ -269,9 +266,6 @@ def test_the_demo_says_that_it_is_noise_and_others_do_not(run, plain):
     assert run("generate", "a dog", *SMALL, "--force")[2] == ""
 
 
-# -- --json -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("argv", "files"),
     [
@@ -305,9 +299,6 @@ def test_a_summary_stands_on_stderr_unless_quiet(plain, checkpoint):
     code, out, err = plain("generate", "a dog", *SMALL, "--seed", "5", "--model", str(checkpoint), *machine)
     assert (code, out) == (0, "lumina.png\n")
     assert err.startswith("seed 5, ")
-
-
-# -- What is refused --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -433,9 +424,6 @@ def test_an_interrupt_is_130_and_leaves_no_file(run, tmp_path, monkeypatch, argv
     assert (code, out) == (130, "")
     assert "Traceback" not in err
     assert png_names(tmp_path) == []
-
-
-# -- Options from dataclasses -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [SamplingParams, EngineConfig])

@@ -260,6 +260,8 @@ def one_line(caught):
         (lambda e: e.multiview("a", views=0, size=64), "views is 0"),
         (lambda e: e.segment(Image.new("L", (0, 5))), "0x5 pixels; expected at least one"),
         (lambda e: e.segment(None), "image is NoneType"),
+        (lambda e: e.segment(np.zeros((64, 64, 3), np.uint8)), r"uint8 of shape \(64, 64, 3\); expected integers"),
+        (lambda e: e.segment(np.zeros((3, 4), int)), "3 x 4 latents; expected two even"),
         (lambda e: e.generate_image("", 64, 64), "prompt is ''"),
         (lambda e: e.generate_image("a <|image|>", 64, 64), r"<\|image\|>"),
         (
@@ -316,6 +318,32 @@ def test_a_request_that_can_never_fit_says_need_and_have(checkpoint):
 def test_bad_arguments_of_from_pretrained(checkpoint, arguments, expected):
     with pytest.raises(ValueError, match=expected):
         Engine.from_pretrained(checkpoint, **arguments)
+
+
+@pytest.mark.parametrize("sizes", ["768", [], [128, "64"], {"a": 1}, [0]])
+def test_target_sizes_that_are_none_are_told(tmp_path, sizes):
+    folder = dummy.write_checkpoint(tmp_path, generation={"target_sizes": sizes})
+    with pytest.raises(
+        CheckpointError, match=r"target_sizes is .* in generation_config.json; expected a list"
+    ) as caught:
+        Engine.from_pretrained(folder)
+    one_line(caught)
+
+
+def test_small_files_are_checked_before_the_weights_are_read(tmp_path, monkeypatch):
+    folder = dummy.write_checkpoint(tmp_path)
+    (folder / "vqgan.safetensors").write_bytes(b"broken")
+    monkeypatch.setattr("lumina_rt.weights.load", lambda *_: pytest.fail("the weights were read first"))
+    with pytest.raises(CheckpointError, match=r"vqgan\.safetensors"):
+        Engine.from_pretrained(folder)
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_told(tmp_path):
+    folder = dummy.write_checkpoint(tmp_path / "a")
+    n_ids = dummy.write_tokenizer(tmp_path, 64, 1001)
+    assert n_ids == 1001
+    with pytest.raises(CheckpointError, match="1001 ids in the tokenizer, 997 in the model"):
+        Engine.from_pretrained(folder, tokenizer=tmp_path / "tokenizer.json")
 
 
 def test_a_model_that_is_nowhere_is_told():

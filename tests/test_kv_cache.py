@@ -29,9 +29,6 @@ def row_of(n_tokens, pool, cache):
     return row
 
 
-# -- The cache ------------------------------------------------------------------------------------------------------
-
-
 def test_layers_are_views_of_the_pages_one_layer_at_a_time():
     cache = filled_cache()
     layers = list(cache.layers())
@@ -49,9 +46,6 @@ def test_copy_page_copies_every_layer_of_one_page_and_touches_no_other():
     cache.copy_page(2, 6)
     assert torch.equal(cache.k, k)
     assert torch.equal(cache.v, v)
-
-
-# -- The pool -------------------------------------------------------------------------------------------------------
 
 
 def test_a_reserved_page_is_promised_and_a_taken_one_is_held():
@@ -104,9 +98,6 @@ def test_mistakes_in_the_accounts_do_not_pass():
         pool.release([page])
     with pytest.raises(AssertionError, match=f"page {page} is free and cannot be shared"):
         pool.share([page])
-
-
-# -- Leases and rows ------------------------------------------------------------------------------------------------
 
 
 def test_a_lease_gives_out_what_it_reserved_and_no_more():
@@ -204,9 +195,6 @@ def test_clearing_a_row_gives_its_pages_back():
     assert (row.pages, row.n_cached, pool.n_free) == ([], 0, 8)
     row.clear(pool)
     assert pool.n_free == 8
-
-
-# -- Prefixes -------------------------------------------------------------------------------------------------------
 
 
 def keep(store, cache, tokens, n_cached=None):

@@ -80,10 +80,7 @@ def assert_whole(sample, vocab=VOCAB):
     assert len(sample.tokens) <= sample.n_end
     assert sample.finish_reason == "stop" or len(sample.tokens) == sample.n_end
     assert sample.uncond is None
-    assert not sample.in_image
-
-
-# -- Images that were asked for -------------------------------------------------------------------------------------
+    assert sample.image_start is None
 
 
 def test_layouts_are_the_sizes_once_each_and_the_smallest_first():
@@ -161,9 +158,6 @@ def test_images_take_exactly_the_room_they_need_and_one_token_less_is_refused(si
     assert answer_length(params, GRAMMAR, need) == need
     with pytest.raises(ValueError, match=f"3 images take {need} tokens; {need - 1} are left beside the prompt"):
         answer_length(params, GRAMMAR, need - 1)
-
-
-# -- Text and free answers ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_images", [0, None])
@@ -265,15 +259,15 @@ def test_every_answer_of_legal_draws_decodes_and_fits(params, room, seed):
     sample = make_sample(params, room)
     rng = np.random.default_rng(seed)
     while not sample.finish_reason:
-        n_tokens, was_in_image = len(sample.tokens), sample.in_image
+        n_tokens, was_in_image = len(sample.tokens), sample.image_start is not None
         sample.advance(legal_draw(sample, rng, [NAMES["a"], NAMES["b"]]))
         assert len(sample.tokens) > n_tokens
-        guided = sample.in_image and params.guidance_scale != 1
+        guided = sample.image_start is not None and params.guidance_scale != 1
         assert (sample.uncond is not None) == guided
         assert sample.is_guided == (guided and sample.next_draw is Draw.CODE and not sample.finish_reason)
         if guided and not was_in_image:
             assert sample.uncond == Row()
-        if sample.in_image:
+        if sample.image_start is not None:
             assert sample.tokens[sample.image_start] == VOCAB.image_start
             n_image = len(sample.tokens) - sample.image_start
             assert n_image < sample.n_largest_image
@@ -283,9 +277,6 @@ def test_every_answer_of_legal_draws_decodes_and_fits(params, room, seed):
     n_guided = len(sample.images) if params.guidance_scale != 1 else 0
     assert len(sample.closed) == n_guided
     assert len({id(row) for row in sample.closed}) == n_guided
-
-
-# -- Rows -----------------------------------------------------------------------------------------------------------
 
 
 def test_an_unconditional_row_begins_at_the_start_of_its_image_and_joins_at_the_first_code():

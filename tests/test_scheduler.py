@@ -200,8 +200,6 @@ def tokenizer(tmp_path_factory):
     return Tokenizer.from_file(folder / "tokenizer.json")
 
 
-# -- Random traffic -------------------------------------------------------------------------------------------------
-
 SUBMIT = st.fixed_dictionaries(
     {
         # Lengths about the edges of pages; all begin alike, so that each finds a part of what others have left.
@@ -269,9 +267,6 @@ def test_any_traffic_ends_with_whole_answers_and_every_page_back(tokenizer, oper
             case dict():
                 submit(traffic, **operation)
     traffic.finish()
-
-
-# -- One promise at a time ------------------------------------------------------------------------------------------
 
 
 def test_a_long_prompt_is_prefilled_in_chunks_beside_rows_that_decode(tokenizer):
@@ -452,9 +447,6 @@ def test_build_step_lays_rows_out_one_after_the_other(tokenizer):
     assert step.slots.tolist()[:25] == slots
     assert (step.tokens.dtype, step.slots.dtype, step.positions.dtype) == (torch.int64,) * 3
     assert (step.block_tables.dtype, step.cu_seqlens.dtype, step.seq_lens.dtype) == (torch.int32,) * 3
-
-
-# -- The real Engine ------------------------------------------------------------------------------------------------
 
 
 def pages_back(engine):

@@ -28,9 +28,9 @@ def load(folder, dtype=torch.float32):
     return weights.load(folder, reference, IMAGE_IDS, 64, dtype, "cpu")
 
 
-def problems(folder):
+def problems(folder, dtype=torch.float32):
     with pytest.raises(CheckpointError) as caught:
-        load(folder)
+        load(folder, dtype)
     assert str(folder) in str(caught.value)
     return caught.value.problems
 
@@ -207,13 +207,19 @@ def test_a_broken_index_is_told(folder, text):
         ("hidden_size", None),
         ("num_hidden_layers", "two"),
         ("num_attention_heads", 5),
+        ("num_key_value_heads", "four"),
+        ("model_parallel_size", -1),
+        ("rms_norm_eps", "small"),
+        ("rope_theta", -5),
+        ("rope_parameters", [1]),
+        ("torch_dtype", "float16"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(folder, key, value):
     (folder / "config.json").write_text(json.dumps({**CONFIG, key: value}))
-    found = problems(folder)
+    found = problems(folder, dtype=None)
     assert len(found) == 1
-    assert key in found[0] or "5 heads" in found[0]
+    assert key.removeprefix("torch_") in found[0] or "5 heads" in found[0]
 
 
 def test_peak_memory_stays_under_1_15_times_the_weights(tmp_path):
