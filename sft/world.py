@@ -109,23 +109,36 @@ def random_background(rng: Random) -> tuple[str, ...]:
     return tuple(rng.sample(list(BACKGROUNDS), 1 if rng.random() < 0.7 else 2))
 
 
-def place(rng: Random, kinds: list[tuple[str, str, str]], aspect: float, tries: int = 400) -> tuple[Thing, ...] | None:
+def place(rng: Random, kinds: list[tuple[str, str, str]], aspect: float, tries: int = 40) -> tuple[Thing, ...] | None:
     """Find places for (shape, color, size) kinds where none touches another or the border; None if there are none."""
-    width, height = math.sqrt(aspect), 1 / math.sqrt(aspect)  # a picture of area 1
     for _ in range(tries):
-        things: list[Thing] = []
-        for shape, color, size in kinds:
-            radius = SIZES[size] / 2 + 0.02
-            if 2 * radius > min(width, height):
-                return None
-            x, y = rng.uniform(radius, width - radius), rng.uniform(radius, height - radius)
-            thing = Thing(shape, color, size, x / width, y / height)
-            if any(_distance(thing, other, aspect) < (SIZES[size] + SIZES[other.size]) / 2 + 0.04 for other in things):
+        scene = Scene((), (), aspect)
+        for kind in kinds:
+            thing = place_beside(rng, scene, *kind)
+            if thing is None:
                 break
-            things.append(thing)
+            scene = replace(scene, things=(*scene.things, thing))
         else:
-            return tuple(things)
+            return scene.things
     return None
+
+
+def place_beside(rng: Random, scene: Scene, shape: str, color: str, size: str) -> Thing | None:
+    """Find a place for one more thing where it touches neither the others nor the border; None if there is none."""
+    width, height = math.sqrt(scene.aspect), 1 / math.sqrt(scene.aspect)  # a picture of area 1
+    radius = SIZES[size] / 2 + 0.02
+    if 2 * radius > min(width, height):
+        return None
+    for _ in range(20):
+        x, y = rng.uniform(radius, width - radius), rng.uniform(radius, height - radius)
+        thing = Thing(shape, color, size, x / width, y / height)
+        if not any(_touch(thing, other, scene.aspect) for other in scene.things):
+            return thing
+    return None
+
+
+def _touch(a: Thing, b: Thing, aspect: float) -> bool:
+    return _distance(a, b, aspect) < (SIZES[a.size] + SIZES[b.size]) / 2 + 0.04
 
 
 def _distance(a: Thing, b: Thing, aspect: float) -> float:
