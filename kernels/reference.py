@@ -60,20 +60,22 @@ def qk_norm_rope(
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
     q, k, v = qkv.view(len(qkv), -1, head_dim).split((heads, kv_heads, kv_heads), dim=1)
     cos, sin = _widen(rope[positions]).unsqueeze(1).chunk(2, dim=-1)  # each [n, 1, head_dim / 2]
-    q = _rotate(_head_norm(q, *q_norm), cos, sin).to(qkv.dtype)
-    k = _rotate(_head_norm(k, *k_norm), cos, sin).to(qkv.dtype)
+    q = rotate(head_norm(q, *q_norm), cos, sin).to(qkv.dtype)
+    k = rotate(head_norm(k, *k_norm), cos, sin).to(qkv.dtype)
     k_pages.view(-1, kv_heads, head_dim)[slots] = k
     v_pages.view(-1, kv_heads, head_dim)[slots] = v
     return q
 
 
-def _head_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    repeats = x.shape[1] // len(weight)
+def head_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """LayerNorm of each head, in fp32. x: [..., heads, head_dim].  weight, bias: [mp, head_dim]."""
+    repeats = x.shape[-2] // len(weight)
     weight, bias = (p.repeat_interleave(repeats, dim=0) for p in (weight, bias))
     return F.layer_norm(_widen(x), x.shape[-1:], eps=QK_NORM_EPS) * weight + bias
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply RoPE. x: [..., head_dim].  cos, sin: [..., head_dim / 2]."""
     # The halves are paired (i, i + head_dim / 2), not the neighbours.
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

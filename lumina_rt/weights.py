@@ -195,6 +195,18 @@ def _check(checkpoint: Checkpoint, config: ModelConfig) -> None:
         raise CheckpointError(checkpoint.folder, problems)
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds the weights of a model."""
+    return any((folder / name).exists() for name in ("model.safetensors", "model.safetensors.index.json"))
+
+
+def read_state(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """All tensors of a checkpoint by their published names, in fp32. Raises CheckpointError as `load`."""
+    checkpoint = Checkpoint(folder)
+    _check(checkpoint, config)
+    return {name: checkpoint.read([name], torch.float32) for name in tensor_shapes(config)}
+
+
 def load(
     folder: Path, ops: ModuleType, image_ids: Tensor, max_positions: int, dtype: torch.dtype | None, device: str
 ) -> Model:

@@ -14,12 +14,12 @@ from random import Random
 import numpy as np
 import torch
 import torch.nn.functional as F
+from lumina_rt.sft import world
+from lumina_rt.sft.world import Scene
 from torch import Tensor
 from tqdm import tqdm
 
 from lumina_rt.images import to_pixels
-from lumina_rt.sft import world
-from lumina_rt.sft.world import Scene
 from lumina_rt.unirep import candidate_sizes
 from lumina_rt.vqgan import VQGAN, VQGANConfig
 
@@ -99,7 +99,12 @@ def train(folder: Path, steps: int, batch_size: int, lr: float, warmup: int, see
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         codebook.counts, codebook.sums, start = state["counts"], state["sums"], state["step"]
-    bar = tqdm(zip(range(start, steps), batches(seed, batch_size, start), strict=False), total=steps, initial=start, mininterval=5)
+    bar = tqdm(
+        zip(range(start, steps), batches(seed, batch_size, start), strict=False),
+        total=steps,
+        initial=start,
+        mininterval=5,
+    )
     average = None
     for step, pixels in bar:
         torch.manual_seed(step)
@@ -132,8 +137,12 @@ def train(folder: Path, steps: int, batch_size: int, lr: float, warmup: int, see
         if (step + 1) % 500 == 0:
             vqgan.save_pretrained(folder)
             state = {
-                "model": vqgan.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
-                "counts": codebook.counts, "sums": codebook.sums, "step": step + 1,
+                "model": vqgan.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+                "counts": codebook.counts,
+                "sums": codebook.sums,
+                "step": step + 1,
             }
             torch.save(state, state_path.with_suffix(".partial"))
             os.replace(state_path.with_suffix(".partial"), state_path)
@@ -159,7 +168,7 @@ def psnr(vqgan: VQGAN, n: int = 200, target: int = 96, seed: int = 1) -> float:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m lumina_rt.sft.vq", description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=7000)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--warmup", type=int, default=500)

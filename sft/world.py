@@ -96,9 +96,9 @@ def is_held_out(color: str, shape: str, related: str | None) -> bool:
 
 
 def held_out_triples(scene: Scene) -> Iterator[tuple[str, str, str | None]]:
-    """The held-out compositions that a scene shows."""
+    """The held-out compositions that a scene shows. Equal things are not told apart: they stand alone together."""
     for a in scene.things:
-        others = [b for b in scene.things if b is not a]
+        others = [b for b in scene.things if b.name != a.name]
         shown = {relation(a, b, scene.aspect) for b in others} - {None} if others else {None}
         for related in shown:
             if is_held_out(a.color, a.shape, related):

@@ -1,0 +1,140 @@
+"""Build the embedded model from nothing: `python -m lumina_rt.sft.demo FOLDER` (some hours on two cores).
+
+Every part is kept in the folder, so a build that was stopped goes on where it was: the image tokenizer, the text
+tokenizer, then for each stage its tokenised dialogs and its training.
+"""
+
+import argparse
+import json
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import tokenizers
+from lumina_rt.sft import data, vq
+from lumina_rt.sft.train import Trainer, TrainingConfig
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+
+from lumina_rt.tokenizer import Tokenizer
+from lumina_rt.vocab import image_name, reserved_name
+from lumina_rt.vqgan import VQGAN
+
+MODEL = {
+    "model_type": "chameleon",
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "model_parallel_size": 1,
+    "swin_norm": False,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 4096,
+}
+TARGET_SIZES = (96, 64, 48)
+LARGEST_GRID = 12  # units of 16 pixels: 192 is the longest side of the 96 x 96 candidates
+N_MERGES = 400
+
+TEXT_TO_IMAGE = {"text_to_image": 17, "describe": 2, "talk": 1}
+OMNI = {
+    "text_to_image": 4, "describe": 1, "questions": 3, "talk": 0.5, "segmentation": 1.5, "depth": 1, "normals": 1,
+    "detection": 2, "editing": 4, "from_condition": 1.5, "multiview": 1.5,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stage:
+    """tasks: their shares.  targets: areas of the pictures, by their root.  n: dialogs.  passes: over all of them."""
+
+    name: str
+    tasks: dict[str, float]
+    targets: tuple[int, ...]
+    n: int
+    passes: float
+    lr: float
+    min_lr: float
+
+
+# FP-SFT in three stages of growing area, then Omni-SFT (paper, section 2.2.2).
+STAGES = (
+    Stage("fp48", TEXT_TO_IMAGE, (48,), 60_000, 1.5, 2e-3, 1.5e-3),
+    Stage("fp64", TEXT_TO_IMAGE, (64,), 60_000, 1, 1.5e-3, 1e-3),
+    Stage("fp96", TEXT_TO_IMAGE, (96,), 40_000, 1, 1e-3, 1e-3),
+    Stage("omni", OMNI, (96, 96, 64), 100_000, 2, 1e-3, 5e-5),
+)
+BATCH_TOKENS = 6144
+
+
+def write_tokenizer(folder: Path, n_codes: int, seed: str = "tokenizer") -> int:
+    """Train a byte-level BPE on the words of the tasks, with the published names in front; return its number of ids."""
+    turns = data.dialogs_of(OMNI, (96,), 8, 3000, seed)
+    words = [message.text for dialog in turns for message in dialog]
+    learned = tokenizers.Tokenizer(models.BPE())
+    learned.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    learned.train_from_iterator(words, trainers.BpeTrainer(vocab_size=256 + N_MERGES, initial_alphabet=alphabet))
+    learned_model = json.loads(learned.to_str())["model"]
+
+    names = ["<s>", "<pad>", "</s>", "<unk>", *map(image_name, range(n_codes)), "<eoss>", "<racm3:break>"]
+    names += [reserved_name(n) for n in (8706, 8799, *range(8801, 8801 + LARGEST_GRID))]
+    names += sorted(learned_model["vocab"], key=learned_model["vocab"].get)
+    merges = [tuple(merge) for merge in learned_model["merges"]]
+    file = tokenizers.Tokenizer(models.BPE(vocab={name: id for id, name in enumerate(names)}, merges=merges))
+    file.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    file.decoder = decoders.ByteLevel()
+    file.add_special_tokens([AddedToken(name, special=True) for name in names[:4]])
+    file.save(str(folder / "tokenizer.json"))
+    return len(names)
+
+
+def write_start(folder: Path, vqgan: Path) -> None:
+    """Write a checkpoint without weights, which the first stage starts from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("vqgan.safetensors", "vqgan.json"):
+        shutil.copyfile(vqgan / name, folder / name)
+    n_codes = VQGAN.from_pretrained(folder).config.n_embed
+    vocab_size = write_tokenizer(folder, n_codes)
+    (folder / "config.json").write_text(json.dumps(MODEL | {"vocab_size": vocab_size}, indent=2) + "\n")
+    (folder / "generation_config.json").write_text(json.dumps({"target_sizes": TARGET_SIZES}, indent=2) + "\n")
+
+
+def run_stage(stage: Stage, source: Path, folder: Path) -> Path:
+    """Tokenise, then train, whatever of it is not done yet; return the folder of the trained checkpoint."""
+    file = folder / "data" / f"{stage.name}.safetensors"
+    if not file.exists():
+        file.parent.mkdir(exist_ok=True)
+        vqgan = VQGAN.from_pretrained(source)
+        tokenizer = Tokenizer.from_file(source / "tokenizer.json")
+        dialogs = data.dialogs_of(stage.tasks, stage.targets, vqgan.config.factor, stage.n, stage.name)
+        data.write(file, dialogs, stage.n, tokenizer, vqgan)
+    output = folder / stage.name
+    config = TrainingConfig(
+        steps=1, batch_tokens=BATCH_TOKENS, lr=stage.lr, min_lr=stage.min_lr, warmup_steps=100, clip=1.0, dropout=0.0
+    )
+    trainer = Trainer(source, [file], output, config)
+    steps = round(len(trainer.batches.epoch(0)) * stage.passes)
+    trainer.config = replace(config, steps=steps)
+    trainer.run()
+    return output
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m lumina_rt.sft.demo", description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--vqgan", type=Path, help="a trained image tokenizer, in place of training one")
+    args = parser.parse_args(argv)
+    folder, vqgan = args.folder, args.vqgan or args.folder / "vqgan"
+    if not args.vqgan and not (vqgan / "done").exists():
+        vq.main([str(vqgan)])
+        (vqgan / "done").touch()
+    source = folder / "start"
+    if not (source / "generation_config.json").exists():
+        write_start(source, vqgan)
+    for stage in STAGES:
+        source = run_stage(stage, source, folder)
+    print(f"done: {source}")
+
+
+if __name__ == "__main__":
+    main()

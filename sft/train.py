@@ -1,0 +1,226 @@
+"""The trainer of FP-SFT and Omni-SFT (paper, section 2.2; facts of the original's in the code below).
+
+One process on a CPU or a GPU, or under torchrun with FSDP2. Every step is a function of the seed and its number, so
+a run that was killed goes on as if it had not been.
+"""
+
+import json
+import math
+import shutil
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from huggingface_hub import save_torch_state_dict
+from lumina_rt.sft.data import Batches, Dialogs, collate
+from lumina_rt.sft.model import TrainableModel, loss_of
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from tqdm import tqdm
+
+from lumina_rt import weights
+from lumina_rt.tokenizer import Tokenizer
+
+LOG = "log.jsonl"
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The defaults are the paper's where it tells them; a small model wants a larger `lr`.
+
+    batch_tokens: of one forward, padding included.  accumulate: forwards a step, on each process.
+    lr, min_lr: after `warmup_steps` of linear growth, half a cosine from the one to the other.
+    clip: largest norm of the gradient.  context_drop: how often the words before an image are left out.
+    recompute: keep no activations inside layers.  save_every: steps between saved states.
+    """
+
+    steps: int
+    batch_tokens: int = 4096
+    accumulate: int = 1
+    lr: float = 2e-5
+    min_lr: float = 2e-5
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    clip: float = 4.0
+    z_loss: float = 1e-5
+    dropout: float = 0.05
+    context_drop: float = 0.1
+    dtype: str = "bfloat16"
+    recompute: bool = False
+    save_every: int = 500
+    seed: int = 0
+
+
+class Trainer:
+    """A model, its optimizer and the files of a run."""
+
+    def __init__(self, model_folder: Path, data: list[Path], output: Path, config: TrainingConfig):
+        """model_folder: a checkpoint to start from; one without weights starts from random ones.
+
+        Raises CheckpointError or ValueError for what cannot be trained.
+        """
+        self.config, self.source, self.output = config, model_folder, output
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.device = (
+            torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        )
+        dialogs = Dialogs(data)
+        self.batches = Batches(dialogs, config.batch_tokens, config.seed)
+        self.image_start = Tokenizer.from_file(model_folder / "tokenizer.json").vocab.image_start
+        self.model = self._build(dialogs.largest)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay
+        )
+        self.step = 0
+
+    def _build(self, largest_token: int) -> TrainableModel:
+        c = self.config
+        shape = weights.config_from_json(weights.read_json(self.source / "config.json"), self.source)
+        if largest_token >= shape.vocab_size:
+            raise ValueError(f"the data holds token {largest_token}; the model has {shape.vocab_size} tokens")
+        model = TrainableModel(shape, c.dropout, c.recompute)
+        if weights.has_weights(self.source):
+            if self.rank == 0:
+                model.load_state_dict(weights.read_state(self.source, shape))
+        else:
+            model.init_weights(c.seed)
+        if self.world == 1:
+            return model.to(self.device)
+        # bf16 weights and activations, fp32 masters and reductions, as the original trains.
+        policy = MixedPrecisionPolicy(param_dtype=weights.DTYPES[c.dtype], reduce_dtype=torch.float32)
+        full = model.state_dict()
+        for part in (*model.model.layers, model):
+            fully_shard(part, mp_policy=policy)
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(model, full if self.rank == 0 else {}, options=options)
+        return model.to(self.device)
+
+    def lr(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        c = self.config
+        if step < c.warmup_steps:
+            return c.lr * (step + 1) / c.warmup_steps
+        done = (step - c.warmup_steps) / max(1, c.steps - c.warmup_steps)
+        return c.min_lr + (c.lr - c.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+    def run(self) -> None:
+        """Train up to config.steps, from the last saved state if there is one, and write the checkpoint.
+
+        Raises FloatingPointError when the loss is not finite; the last saved state stays.
+        """
+        c = self.config
+        self.output.mkdir(parents=True, exist_ok=True)
+        self.resume()
+        bar = tqdm(total=c.steps, initial=self.step, unit="step", mininterval=5, disable=self.rank > 0)
+        with bar, self._log() as log:
+            for group in self.batches.groups(c.accumulate * self.world, self.step):
+                if self.step >= c.steps:
+                    break
+                record = self.train_step(group)
+                if log:
+                    log.write(json.dumps(record) + "\n")
+                bar.update()
+                bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
+                if self.step % c.save_every == 0 or self.step == c.steps:
+                    if log:
+                        log.flush()
+                    self.save()
+
+    def train_step(self, group: list[list[int]]) -> dict:
+        """One step of the optimizer over a group of batches, this process's share of it here."""
+        c = self.config
+        for options in self.optimizer.param_groups:
+            options["lr"] = self.lr(self.step)
+        mine = [
+            collate(self.batches.dialogs, batch, self.image_start, c.context_drop, hash((c.seed, self.step, i)))
+            for i, batch in enumerate(group)
+            if i % self.world == self.rank
+        ]
+        # Every learned token of the step weighs the same, however the step is cut into batches and processes.
+        n_learned = self._sum(torch.tensor(float(sum((labels[:, 1:] >= 0).sum() for _, labels in mine))))
+        torch.manual_seed(hash((c.seed, self.step, self.rank)))
+        total = torch.zeros((), device=self.device)
+        for tokens, labels in mine:
+            with self._autocast():
+                logits = self.model(tokens.to(self.device))
+            loss, _ = loss_of(logits, labels.to(self.device), c.z_loss)
+            (loss * (self.world / n_learned)).backward()  # FSDP takes the mean over processes
+            total += loss.detach()
+        loss = float(self._sum(total) / n_learned)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss of step {self.step} is {loss}; the state of the last save is kept")
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        record = {"step": self.step, "loss": loss, "grad_norm": float(norm), "lr": self.lr(self.step)}
+        self.step += 1
+        return record | {"tokens": int(n_learned)}
+
+    def _autocast(self):
+        dtype = weights.DTYPES[self.config.dtype]
+        if self.world > 1 or dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype)
+
+    def _sum(self, value: Tensor) -> Tensor:
+        if self.world > 1:
+            value = value.to(self.device)
+            dist.all_reduce(value)
+        return value
+
+    def save(self) -> None:
+        """Save the state of training, then the checkpoint; each whole or not at all."""
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        partial, state = self.output / "state.partial", self.output / "state"
+        if self.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        values = {"model": model, "optimizer": optimizer, "step": self.step}
+        dcp.save(values, checkpoint_id=partial, no_dist=self.world == 1)
+        if self.rank == 0:
+            shutil.rmtree(state, ignore_errors=True)
+            partial.rename(state)
+        full = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if self.rank == 0:
+            write_checkpoint(full, self.source, self.output, weights.DTYPES[self.config.dtype])
+
+    def resume(self) -> None:
+        """Go back to the last saved state, if there is one."""
+        state = self.output / "state"
+        if not state.exists():
+            return
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        values = {"model": model, "optimizer": optimizer, "step": 0}
+        dcp.load(values, checkpoint_id=state, no_dist=self.world == 1)
+        set_state_dict(
+            self.model, self.optimizer, model_state_dict=values["model"], optim_state_dict=values["optimizer"]
+        )
+        self.step = values["step"]
+
+    def _log(self):
+        if self.rank:
+            return nullcontext()
+        path = self.output / LOG
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] < self.step]
+        path.write_text("".join(f"{line}\n" for line in kept))
+        return path.open("a")
+
+
+def write_checkpoint(state: dict[str, Tensor], source: Path, output: Path, dtype: torch.dtype) -> None:
+    """Write a checkpoint in the published layout: weights anew, all else as it is in the folder `source`."""
+    save_torch_state_dict({name: value.to(dtype).contiguous() for name, value in state.items()}, output)
+    for name in ("tokenizer.json", "generation_config.json", "vqgan.json", "vqgan.safetensors"):
+        if (source / name).is_file() and source != output:
+            shutil.copyfile(source / name, output / name)
+    values = weights.read_json(source / "config.json") | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    (output / "config.json").write_text(json.dumps(values, indent=2) + "\n")
