@@ -31,7 +31,7 @@ BACKGROUNDS = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 # Diameter of an object over the root of the picture's area, so that it fits a 4:1 picture as well as a square.
-SIZES = {"small": 0.2, "large": 0.34}
+SIZES = {"small": 0.26, "large": 0.4}
 RELATIONS = ("left of", "right of", "above", "below")
 
 SEGMENT_COLORS = {
@@ -218,7 +218,7 @@ def surface_normals(scene: Scene, width: int, height: int) -> Image.Image:
 def detection(scene: Scene, thing: Thing, width: int, height: int) -> Image.Image:
     """Draw the scene with a box around one of its things."""
     image = picture(scene, width, height)
-    line = max(1, round(math.sqrt(width * height) / 48))
+    line = max(1, round(math.sqrt(width * height) / 32))
     left, top, right, bottom = thing.box(width, height)
     corners = max(left - line, 0), max(top - line, 0), min(right + line, width - 1), min(bottom + line, height - 1)
     ImageDraw.Draw(image).rectangle([round(corner) for corner in corners], outline=BOX_COLOR, width=line)

@@ -1,0 +1,116 @@
+"""What a picture of the procedural world shows, read from its pixels alone.
+
+It knows the colours and outlines that the world draws with, and nothing of scenes, captions, tokens or models.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from lumina_rt.sft import world
+from lumina_rt.sft.world import Thing
+from PIL import Image
+from scipy import ndimage
+
+CHROMA = 75  # backgrounds stay below 55 between their largest and their smallest channel, things above 110
+LEAST_AREA = 0.005  # of the picture; the smallest thing, a small star, covers 0.01
+LEAST_FIT = 0.55  # intersection over union of a blob and the outline that it is taken for
+
+
+@dataclass(frozen=True)
+class Found:
+    """A thing that is seen. x, y: its centre over width and height.  area: over the picture's.  fit: see LEAST_FIT."""
+
+    shape: str
+    color: str
+    x: float
+    y: float
+    area: float
+    fit: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.color} {self.shape}"
+
+
+def find_things(image: Image.Image) -> list[Found]:
+    """Every coloured blob of a picture, named by the colour and the outline nearest to it, from left to right."""
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
+    height, width = pixels.shape[:2]
+    nearest = _nearest(pixels, list(world.COLORS.values()))
+    colored = np.ptp(pixels, axis=-1) > CHROMA
+    # Seen through antialiasing the rim of one colour is often nearest to another; opening takes the rims away.
+    brush = np.ones((2, 2) if math.sqrt(width * height) < 60 else (3, 3), dtype=bool)
+    found = []
+    for index, color in enumerate(world.COLORS):
+        mine = colored & (nearest == index)
+        cores, n_cores = ndimage.label(ndimage.binary_opening(mine, brush), np.ones((3, 3)))
+        for core in range(1, n_cores + 1):
+            blob = ndimage.binary_dilation(cores == core, iterations=2) & mine
+            if blob.sum() >= LEAST_AREA * width * height:
+                found.append(_name(blob, color))
+    return sorted(found, key=lambda thing: thing.x)
+
+
+def find_box(image: Image.Image) -> tuple[int, int, int, int] | None:
+    """Left, top, right, bottom of the box that is drawn in a picture, in pixels, or None where there is none."""
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
+    # Its line is thin: what a lossy codec leaves of its colour is still clearly nearer to it than to any other.
+    drawn = _nearest(pixels, [world.BOX_COLOR, *world.COLORS.values(), *world.BACKGROUNDS.values()]) == 0
+    rows, columns = np.flatnonzero(drawn.sum(1) >= 3), np.flatnonzero(drawn.sum(0) >= 3)
+    if not len(rows) or not len(columns):
+        return None
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def find_background(image: Image.Image) -> tuple[str, ...]:
+    """The background's colour, or the upper and the lower one of a gradient."""
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
+    plain = np.ptp(pixels, axis=-1) <= CHROMA
+    names, ends = list(world.BACKGROUNDS), []
+    for rows in (slice(0, 3), slice(-3, None)):
+        part = pixels[rows][plain[rows]]
+        if not len(part):
+            return ()
+        ends.append(names[int(_nearest(np.median(part, axis=0)[None], list(world.BACKGROUNDS.values()))[0])])
+    return (ends[0],) if ends[0] == ends[1] else tuple(ends)
+
+
+def classes(image: Image.Image) -> np.ndarray:
+    """A segmentation map read back: int [height, width], 0 the background, then the shapes in the world's order."""
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
+    return _nearest(pixels, [(0, 0, 0), *world.SEGMENT_COLORS.values()])
+
+
+def _nearest(pixels: np.ndarray, colors: list[tuple[int, int, int]]) -> np.ndarray:
+    palette = np.array(colors, dtype=np.float32)
+    return np.square(pixels[..., None, :] - palette).sum(-1).argmin(-1)
+
+
+def _name(blob: np.ndarray, color: str) -> Found:
+    height, width = blob.shape
+    rows, columns = np.flatnonzero(blob.any(1)), np.flatnonzero(blob.any(0))
+    cut = blob[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    fits = {shape: _fit(cut, shape) for shape in world.SHAPES}
+    shape = max(fits, key=fits.get)
+    return Found(
+        shape if fits[shape] >= LEAST_FIT else "blob",
+        color,
+        (columns[0] + columns[-1] + 1) / 2 / width,
+        (rows[0] + rows[-1] + 1) / 2 / height,
+        float(blob.mean()),
+        fits[shape],
+    )
+
+
+def _fit(cut: np.ndarray, shape: str) -> float:
+    """Intersection over union of a cut-out blob and an outline stretched to its size."""
+    side = 64
+    drawn = world.segmentation(world.Scene((Thing(shape, "red", "large", 0.5, 0.5),), ()), 4 * side, 4 * side)
+    outline = np.asarray(drawn).any(-1)
+    rows, columns = np.flatnonzero(outline.any(1)), np.flatnonzero(outline.any(0))
+    outline = outline[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    height, width = cut.shape
+    fitted = Image.fromarray(outline).convert("L").resize((width, height), Image.Resampling.BOX)
+    expected = np.asarray(fitted) > 127
+    return float((cut & expected).sum() / (cut | expected).sum())
