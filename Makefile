@@ -14,7 +14,7 @@ endif
 .PHONY: demo test lint clean
 
 demo: $(VENV)/.installed
-	$(BIN)/lumina-rt generate "a red circle on a blue background" --output demo.png --force
+	$(BIN)/lumina-rt generate "a red circle left of a blue star" --output demo.png --force
 
 test: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -25,13 +25,13 @@ from PIL import Image
 
 from lumina_rt import _C, convert, hub, images, unirep, vqgan, weights
 from lumina_rt.checkpoint import CheckpointError
-from lumina_rt.engine import IMAGE_TO_IMAGE, TARGET_SIZES, Engine
+from lumina_rt.engine import IMAGE_TO_IMAGE, TARGET_SIZES, Engine, target_sizes_of
 from lumina_rt.outputs import RequestOutput, TextDelta
 from lumina_rt.params import EngineConfig, SamplingParams
 from lumina_rt.prompts import Message
 
 VERSION = importlib.metadata.version("lumina_rt")
-DEMO_NOTE = "note: the embedded model is not trained yet; this is a random one, its image is noise"
+DEMO_NOTE = "note: the embedded model knows colored shapes only, such as a red circle left of a blue star"
 LABELS = {
     "segmentation": Engine.segment,
     "depth": Engine.depth,
@@ -181,8 +181,8 @@ def _parser() -> argparse.ArgumentParser:
         "--vqgan", metavar="PATH", help="folder or file of vqgan.safetensors; no model is looked at then"
     )
     command.add_argument(
-        "--target-size", type=int, default=TARGET_SIZES[0], metavar="N",
-        help=f"the picture is fitted to an area of N x N pixels (default: {TARGET_SIZES[0]})",
+        "--target-size", type=int, metavar="N",
+        help=f"the picture is fitted to an area of N x N pixels (default: the model's, or {TARGET_SIZES[0]})",
     )  # fmt: skip
     _add_output(command)
 
@@ -448,9 +448,11 @@ def _reconstruct(args):
     picture = images.open_image(args.image)
     folder = Path() if args.vqgan else hub.find_model(args.model)
     model = vqgan.VQGAN.from_pretrained(hub.find_vqgan(folder, args.vqgan))
-    sizes = unirep.candidate_sizes(args.target_size, patch=2 * model.config.factor)
+    own_size = TARGET_SIZES[0] if args.vqgan else target_sizes_of(folder)[0]
+    target_size = own_size if args.target_size is None else args.target_size
+    sizes = unirep.candidate_sizes(target_size, patch=2 * model.config.factor)
     if not sizes:
-        raise ValueError(f"target size is {args.target_size}; expected at least {2 * model.config.factor}")
+        raise ValueError(f"target size is {target_size}; expected at least {2 * model.config.factor}")
     fitted = images.fit(picture, sizes)
     codes = model.encode(torch.from_numpy(images.to_pixels(fitted))[None])
     image = Image.fromarray(vqgan.to_uint8(model.decode(codes))[0].numpy())

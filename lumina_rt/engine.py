@@ -105,7 +105,7 @@ class Engine:
         config = engine_config(options)
         device, torch_dtype = _device(device), _dtype(dtype)
         folder = hub.find_model(model)
-        target_sizes = _target_sizes(folder)
+        target_sizes = target_sizes_of(folder)
         tokens = Tokenizer.from_file(hub.find_tokenizer(folder, tokenizer))
         # Before the weights, which may take minutes: what is wrong with the small files is told at once.
         image_tokenizer = VQGAN.from_pretrained(hub.find_vqgan(folder, vqgan), device=device)
@@ -532,7 +532,8 @@ def _dtype(name: str | None) -> torch.dtype | None:
     return weights.DTYPES.get(name)
 
 
-def _target_sizes(folder: Path) -> tuple[int, ...]:
+def target_sizes_of(folder: Path) -> tuple[int, ...]:
+    """The roots of the areas that a model was trained on, its default first. Raises CheckpointError."""
     path = folder / "generation_config.json"
     sizes = weights.read_json(path).get("target_sizes", TARGET_SIZES) if path.exists() else TARGET_SIZES
     if not isinstance(sizes, (list, tuple)) or not sizes or not all(isinstance(n, int) and n > 0 for n in sizes):

@@ -1,16 +1,15 @@
 """Where the files of a model are: in a folder, on the hub, or where `lumina-rt convert` puts them."""
 
 import re
-import tempfile
-from functools import cache
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from lumina_rt import dummy
 from lumina_rt.checkpoint import CheckpointError
 
+# The embedded model, made by `python -m lumina_rt.sft.demo`.
+DEMO_FOLDER = Path(__file__).parent / "demo"
 # Only this repository of the family ships the tokenizer; it serves all of them.
 TOKENIZER_REPO = "Alpha-VLLM/Lumina-mGPT-7B-768"
 # `lumina-rt convert` writes here unless told otherwise, so that one conversion serves every checkpoint.
@@ -26,7 +25,7 @@ def find_model(model: str | Path) -> Path:
     Raises CheckpointError when there is none.
     """
     if str(model) == "demo":
-        return Path(_random_demo().name)
+        return DEMO_FOLDER
     if Path(model).is_dir():
         return Path(model)
     if not _HUB_ID.fullmatch(str(model)):
@@ -35,14 +34,6 @@ def find_model(model: str | Path) -> Path:
         return Path(snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors"]))
     except _HUB_ERRORS as error:
         raise CheckpointError(model, [f"no such folder, and the hub did not give it: {_one_line(error)}"]) from error
-
-
-@cache
-def _random_demo() -> tempfile.TemporaryDirectory:
-    """The embedded model is not trained yet: a random one stands in for it until this process ends."""
-    folder = tempfile.TemporaryDirectory(prefix="lumina_rt_demo_")
-    dummy.write_checkpoint(Path(folder.name), generation={"target_sizes": [256, 128]})
-    return folder
 
 
 def find_tokenizer(folder: Path, tokenizer: str | Path | None) -> Path:

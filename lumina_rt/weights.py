@@ -7,7 +7,7 @@ the weights themselves is resident. Everything wrong with a folder is told in on
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -198,6 +198,20 @@ def _check(checkpoint: Checkpoint, config: ModelConfig) -> None:
 def has_weights(folder: Path) -> bool:
     """Whether a folder holds the weights of a model."""
     return any((folder / name).exists() for name in ("model.safetensors", "model.safetensors.index.json"))
+
+
+def stored_config(folder: Path) -> ModelConfig:
+    """The ModelConfig of a folder; where it has weights, their tensors tell how many rows the QK-norms have.
+
+    Raises CheckpointError as `load`.
+    """
+    config = config_from_json(read_json(folder / "config.json"), folder)
+    if not has_weights(folder):
+        return config
+    checkpoint = Checkpoint(folder)
+    _check(checkpoint, config)
+    norms = (checkpoint.tensors[f"model.layers.0.self_attn.{part}_norm.weight"] for part in "qk")
+    return replace(config, qk_norm_rows=tuple(norm.shape[0] for norm in norms))
 
 
 def read_state(folder: Path, config: ModelConfig) -> dict[str, Tensor]:

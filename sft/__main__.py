@@ -30,12 +30,12 @@ def main(argv: list[str] | None = None) -> int:
         else:
             parser.add_argument(flag, type=field.type, default=field.default)
     args = parser.parse_args(argv)
-    config = TrainingConfig(**{field.name: getattr(args, field.name) for field in fields(TrainingConfig)})
     if "RANK" in os.environ:  # torchrun's way of telling
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
     try:
+        config = TrainingConfig(**{field.name: getattr(args, field.name) for field in fields(TrainingConfig)})
         Trainer(args.model, args.data, args.output, config).run()
     except (CheckpointError, ValueError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)

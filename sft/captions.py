@@ -24,7 +24,7 @@ def description(scene: Scene) -> str:
     """Everything about a scene in one fixed form, its things from left to right."""
     things = sorted(scene.things, key=lambda thing: thing.x)
     if len(things) > 1 and len({thing.name for thing in things}) == 1:
-        words = f"{NUMBERS[len(things)]} {things[0].size} {things[0].name}s"
+        words = f"{NUMBERS[len(things)]} {things[0].size} {plural(things[0].name)}"
     else:
         words = _list([f"a {thing.size} {thing.name}" for thing in things])
     return f"The picture shows {words} on {_background(scene)}."
@@ -63,7 +63,7 @@ def _things(rng: Random, scene: Scene, related: bool) -> str:
     things = rng.sample(scene.things, len(scene.things))
     names = {thing.name for thing in things}
     if len(things) > 1 and len(names) == 1:
-        return f"{NUMBERS[len(things)]} {_sized(rng, things[0])}s"
+        return f"{NUMBERS[len(things)]} {plural(_sized(rng, things[0]))}"
     if len(things) == 2 and related and (between := relation(*things, scene.aspect)):
         to_the = "to the " if between in ("left of", "right of") and rng.random() < 0.4 else ""
         return f"{_one(rng, things[0])} {to_the}{between} {_one(rng, things[1])}"
@@ -80,6 +80,10 @@ def _one(rng: Random, thing: Thing) -> str:
 
 def with_article(words: str) -> str:
     return ("an " if words[0] in "aeiou" else "a ") + words
+
+
+def plural(words: str) -> str:
+    return words + ("es" if words.endswith("s") else "s")
 
 
 def _list(names: list[str]) -> str:
@@ -100,8 +104,8 @@ def _ask_count(rng: Random, scene: Scene) -> tuple[str, str]:
     if rng.random() < 0.2:
         shape, color = rng.choice(SHAPES), rng.choice(list(COLORS))
         count = sum(other.name == f"{color} {shape}" for other in scene.things)
-        return f"How many {color} {shape}s are there?", NUMBERS[count]
-    return f"How many {thing.name}s are there?", NUMBERS[count]
+        return f"How many {color} {plural(shape)} are there?", NUMBERS[count]
+    return f"How many {plural(thing.name)} are there?", NUMBERS[count]
 
 
 def _ask_color(rng: Random, scene: Scene) -> tuple[str, str] | None:

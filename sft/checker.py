@@ -5,6 +5,7 @@ It knows the colours and outlines that the world draws with, and nothing of scen
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from lumina_rt.sft import world
@@ -105,12 +106,14 @@ def _name(blob: np.ndarray, color: str) -> Found:
 
 def _fit(cut: np.ndarray, shape: str) -> float:
     """Intersection over union of a cut-out blob and an outline stretched to its size."""
-    side = 64
-    drawn = world.segmentation(world.Scene((Thing(shape, "red", "large", 0.5, 0.5),), ()), 4 * side, 4 * side)
-    outline = np.asarray(drawn).any(-1)
-    rows, columns = np.flatnonzero(outline.any(1)), np.flatnonzero(outline.any(0))
-    outline = outline[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     height, width = cut.shape
-    fitted = Image.fromarray(outline).convert("L").resize((width, height), Image.Resampling.BOX)
-    expected = np.asarray(fitted) > 127
+    expected = np.asarray(_outline(shape).resize((width, height), Image.Resampling.BOX)) > 127
     return float((cut & expected).sum() / (cut | expected).sum())
+
+
+@cache
+def _outline(shape: str) -> Image.Image:
+    """A shape as it is drawn, large and cut to its bounds."""
+    drawn = world.segmentation(world.Scene((Thing(shape, "red", "large", 0.5, 0.5),), ()), 256, 256)
+    outline = drawn.convert("L").point(lambda value: 255 * (value > 0))
+    return outline.crop(outline.getbbox())

@@ -173,12 +173,14 @@ def collate(
 
 
 def dialogs_of(shares: dict[str, float], targets: Sequence[int], factor: int, n: int, seed: str) -> Iterator[Turns]:
-    """Draw `n` dialogs: tasks by their share, sizes evenly among the candidates of a target drawn for each."""
+    """Draw `n` dialogs: tasks by their share; of a target drawn for each, every other picture is the square."""
     sizes = [candidate_sizes(target, patch=2 * factor) for target in targets]
     for i in range(n):
         rng = Random(f"{seed} {i}")
         (task,) = rng.choices(list(shares), list(shares.values()))
-        yield TASKS[task](rng, rng.choice(rng.choice(sizes)))
+        target = rng.randrange(len(targets))
+        size = (targets[target],) * 2 if rng.random() < 0.5 else rng.choice(sizes[target])
+        yield TASKS[task](rng, size)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -11,34 +11,38 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tokenizers
+import torch
+from huggingface_hub import save_torch_state_dict
 from lumina_rt.sft import data, vq
-from lumina_rt.sft.train import Trainer, TrainingConfig
+from lumina_rt.sft.model import TrainableModel
+from lumina_rt.sft.train import Trainer, TrainingConfig, best_dtype
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
+from lumina_rt import weights
 from lumina_rt.tokenizer import Tokenizer
 from lumina_rt.vocab import image_name, reserved_name
 from lumina_rt.vqgan import VQGAN
 
 MODEL = {
     "model_type": "chameleon",
-    "hidden_size": 256,
-    "intermediate_size": 768,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
     "model_parallel_size": 1,
     "swin_norm": False,
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
     "max_position_embeddings": 4096,
 }
-TARGET_SIZES = (96, 64, 48)
+TARGET_SIZES = (80, 96, 64)  # the default first
 LARGEST_GRID = 12  # units of 16 pixels: 192 is the longest side of the 96 x 96 candidates
 N_MERGES = 400
 
 TEXT_TO_IMAGE = {"text_to_image": 17, "describe": 2, "talk": 1}
 OMNI = {
-    "text_to_image": 4, "describe": 1, "questions": 3, "talk": 0.5, "segmentation": 1.5, "depth": 1, "normals": 1,
+    "text_to_image": 6, "describe": 1, "questions": 3, "talk": 0.5, "segmentation": 1.5, "depth": 1, "normals": 1,
     "detection": 2, "editing": 4, "from_condition": 1.5, "multiview": 1.5,
 }  # fmt: skip
 
@@ -58,12 +62,12 @@ class Stage:
 
 # FP-SFT in three stages of growing area, then Omni-SFT (paper, section 2.2.2).
 STAGES = (
-    Stage("fp48", TEXT_TO_IMAGE, (48,), 60_000, 1.5, 2e-3, 1.5e-3),
-    Stage("fp64", TEXT_TO_IMAGE, (64,), 60_000, 1, 1.5e-3, 1e-3),
-    Stage("fp96", TEXT_TO_IMAGE, (96,), 40_000, 1, 1e-3, 1e-3),
-    Stage("omni", OMNI, (96, 96, 64), 100_000, 2, 1e-3, 5e-5),
+    Stage("fp64", TEXT_TO_IMAGE, (64,), 18_000, 1, 3e-3, 2.5e-3),
+    Stage("fp80", TEXT_TO_IMAGE, (80,), 14_000, 1, 2.5e-3, 2e-3),
+    Stage("fp96", TEXT_TO_IMAGE, (96, 80), 3_000, 1, 2e-3, 2e-3),
+    Stage("omni", OMNI, (80, 80, 80, 96, 64), 12_000, 1, 2e-3, 2e-5),
 )
-BATCH_TOKENS = 6144
+BATCH_TOKENS = 2048
 
 
 def write_tokenizer(folder: Path, n_codes: int, seed: str = "tokenizer") -> int:
@@ -89,13 +93,28 @@ def write_tokenizer(folder: Path, n_codes: int, seed: str = "tokenizer") -> int:
 
 
 def write_start(folder: Path, vqgan: Path) -> None:
-    """Write a checkpoint without weights, which the first stage starts from."""
+    """Write the checkpoint of random weights that the first stage starts from.
+
+    No Chameleon of this size exists to start from, so image tokens get what it would know of them: those whose codes
+    look alike begin alike, as random projections of the codebook.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("vqgan.safetensors", "vqgan.json"):
         shutil.copyfile(vqgan / name, folder / name)
-    n_codes = VQGAN.from_pretrained(folder).config.n_embed
-    vocab_size = write_tokenizer(folder, n_codes)
-    (folder / "config.json").write_text(json.dumps(MODEL | {"vocab_size": vocab_size}, indent=2) + "\n")
+    codebook = VQGAN.from_pretrained(folder).quantize.embedding.weight.detach()
+    values = MODEL | {"vocab_size": write_tokenizer(folder, len(codebook)), "torch_dtype": "float32"}
+    model = TrainableModel(weights.config_from_json(values))
+    model.init_weights(seed=0)
+    image_tokens = torch.from_numpy(Tokenizer.from_file(folder / "tokenizer.json").vocab.image_tokens)
+    latents = (codebook - codebook.mean(0)) / codebook.std(0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for table in (model.model.embed_tokens.weight, model.lm_head.weight):
+            likeness = latents @ torch.randn(latents.shape[1], table.shape[1], generator=generator)
+            alike = likeness * table.std() / likeness.std()
+            table[image_tokens] = 0.9 * alike + 0.4 * table[image_tokens]
+    save_torch_state_dict(model.state_dict(), folder)
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     (folder / "generation_config.json").write_text(json.dumps({"target_sizes": TARGET_SIZES}, indent=2) + "\n")
 
 
@@ -103,15 +122,16 @@ def run_stage(stage: Stage, source: Path, folder: Path) -> Path:
     """Tokenise, then train, whatever of it is not done yet; return the folder of the trained checkpoint."""
     file = folder / "data" / f"{stage.name}.safetensors"
     if not file.exists():
-        file.parent.mkdir(exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         vqgan = VQGAN.from_pretrained(source)
         tokenizer = Tokenizer.from_file(source / "tokenizer.json")
         dialogs = data.dialogs_of(stage.tasks, stage.targets, vqgan.config.factor, stage.n, stage.name)
         data.write(file, dialogs, stage.n, tokenizer, vqgan)
     output = folder / stage.name
     config = TrainingConfig(
-        steps=1, batch_tokens=BATCH_TOKENS, lr=stage.lr, min_lr=stage.min_lr, warmup_steps=100, clip=1.0, dropout=0.0
-    )
+        steps=1, batch_tokens=BATCH_TOKENS, lr=stage.lr, min_lr=stage.min_lr, warmup_steps=100, clip=1.0, dropout=0.0,
+        dtype=str(best_dtype()).removeprefix("torch."), save_every=200,
+    )  # fmt: skip
     trainer = Trainer(source, [file], output, config)
     steps = round(len(trainer.batches.epoch(0)) * stage.passes)
     trainer.config = replace(config, steps=steps)
@@ -123,17 +143,23 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m lumina_rt.sft.demo", description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--vqgan", type=Path, help="a trained image tokenizer, in place of training one")
+    parser.add_argument("--start", type=Path, help="a checkpoint to train on, its image tokenizer with it")
+    parser.add_argument("--stages", nargs="+", choices=[stage.name for stage in STAGES], help="these alone")
     args = parser.parse_args(argv)
-    folder, vqgan = args.folder, args.vqgan or args.folder / "vqgan"
-    if not args.vqgan and not (vqgan / "done").exists():
-        vq.main([str(vqgan)])
-        (vqgan / "done").touch()
-    source = folder / "start"
-    if not (source / "generation_config.json").exists():
-        write_start(source, vqgan)
+    folder, source = args.folder, args.start or args.folder / "start"
+    if not args.start and not (source / "generation_config.json").exists():
+        write_start(source, args.vqgan or _train_vqgan(folder / "vqgan"))
     for stage in STAGES:
-        source = run_stage(stage, source, folder)
+        if not args.stages or stage.name in args.stages:
+            source = run_stage(stage, source, folder)
     print(f"done: {source}")
+
+
+def _train_vqgan(folder: Path) -> Path:
+    if not (folder / "done").exists():
+        vq.main([str(folder)])
+        (folder / "done").touch()
+    return folder
 
 
 if __name__ == "__main__":

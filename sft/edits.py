@@ -9,10 +9,10 @@ from lumina_rt.sft.world import BACKGROUNDS, COLORS, SHAPES, SIZES, Scene, held_
 KINDS = ("recolor", "reshape", "remove", "add", "background")
 
 
-def edit(rng: Random, scene: Scene, kind: str | None = None, training: bool = True) -> tuple[str, Scene]:
+def edit(rng: Random, scene: Scene, training: bool = True) -> tuple[str, Scene]:
     """An instruction and the edited scene; with `training` one that shows no held-out composition."""
     while True:
-        made = _edit(rng, scene, kind or rng.choice(KINDS))
+        made = _edit(rng, scene, rng.choice(KINDS))
         if made and not (training and any(held_out_triples(made[1]))):
             return made
 

@@ -99,37 +99,41 @@ class TrainableModel(nn.Module):
         self.lm_head = nn.Linear(config.hidden, config.vocab_size, bias=False)
 
     def init_weights(self, seed: int) -> None:
-        """Draw all weights anew: 0.02 for embeddings, 1 / sqrt(inputs) for products, less where a block ends."""
+        """Draw all weights anew: 1 / sqrt(inputs) for products, less where a block ends; embeddings are as large as
+        what the first blocks add to them, or tokens would be lost there.
+        """
         generator = torch.Generator().manual_seed(seed)
         for name, weight in self.named_parameters():
             if "norm" in name:
                 continue
-            std = 0.02 if "embed" in name or "lm_head" in name else weight.shape[1] ** -0.5
+            std = 0.3 if "embed" in name else 0.02 if "lm_head" in name else weight.shape[1] ** -0.5
             if "o_proj" in name or "down_proj" in name:
                 std /= (2 * self.config.n_layers) ** 0.5
             with torch.no_grad():
                 weight.copy_(torch.randn(weight.shape, generator=generator) * std)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens: int64 [b, n]. Returns logits [b, n, vocab]."""
+    def forward(self, tokens: Tensor, places: Tensor | None = None) -> Tensor:
+        """tokens: int64 [b, n]. Returns logits [b, n, vocab], or [m, vocab] of the m places that `places` marks."""
         c = self.config
         cos, sin = rope_table(tokens.shape[1], c.head_dim, c.rope_theta, torch.float32).chunk(2, dim=-1)
         cos, sin = (part.to(tokens.device)[:, None] for part in (cos, sin))  # [n, 1, head_dim / 2]
         x = self.model.embed_tokens(tokens)
         for layer in self.model.layers:
             x = checkpoint(layer, x, cos, sin, use_reentrant=False) if self.recompute else layer(x, cos, sin)
-        return self.lm_head(self.model.norm(x))
+        x = self.model.norm(x)
+        return self.lm_head(x if places is None else x[places])
 
 
-def loss_of(logits: Tensor, labels: Tensor, z_weight: float) -> tuple[Tensor, Tensor]:
+def loss_of(model: nn.Module, tokens: Tensor, labels: Tensor, z_weight: float) -> tuple[Tensor, Tensor]:
     """Cross entropy and z-loss of each place that is learned, summed (spec, section 7.2).
 
-    logits: [b, n, vocab].  labels: int64 [b, n], the token at each place, or -100 where it is not learned; place i is
-    predicted from place i - 1. Returns (sum of cross entropy + z_weight * logsumexp^2, number of places).
+    tokens, labels: int64 [b, n]; a label is the token at its place, or -100 where it is not learned. Place i is
+    predicted from place i - 1, and the head is computed where something is. Returns (sum of cross entropy +
+    z_weight * logsumexp^2, number of places).
     """
     targets = labels[:, 1:]
     learned = targets != -100
-    rows = logits[:, :-1][learned].float()
-    log_z = rows.logsumexp(-1)
-    entropy = log_z - rows.gather(-1, targets[learned][:, None]).squeeze(-1)
+    logits = model(tokens[:, :-1], learned).float()
+    log_z = logits.logsumexp(-1)
+    entropy = log_z - logits.gather(-1, targets[learned][:, None]).squeeze(-1)
     return (entropy + z_weight * log_z.square()).sum(), learned.sum()

@@ -23,7 +23,7 @@ MAPS = {
     "normals": (prompts.surface_normal(), world.surface_normals),
 }
 VIEWS = (2, 4)
-VIEW_SIZE = 48
+VIEW_SIZE = 64
 
 
 def scene_for(rng: Random, size: tuple[int, int], training: bool = True) -> Scene:
@@ -112,7 +112,8 @@ def turntable_scene(rng: Random, training: bool = True) -> Scene:
     while True:
         scene = world.random_scene(rng, 2, training=training)
         reach = (math.hypot(thing.x - 0.5, thing.y - 0.5) + world.SIZES[thing.size] / 2 for thing in scene.things)
-        if max(reach) < 0.49:
+        views = (world.view(scene, i * math.pi / 2) for i in range(max(VIEWS)))
+        if max(reach) < 0.49 and not (training and any(any(world.held_out_triples(view)) for view in views)):
             return scene
 
 

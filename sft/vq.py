@@ -2,12 +2,15 @@
 
 The recipe of a plain VQ-VAE (van den Oord et al. 2017): an autoencoder first; then its latents become the codebook,
 which follows them as a moving average, while rows that nothing chooses are moved onto latents of the batch.
+Convolutions learn by Muon (Jordan 2024): 350 steps reach 18.7 dB where AdamW reaches 17.2.
 """
 
 import argparse
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from random import Random
 
@@ -15,7 +18,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lumina_rt.sft import world
+from lumina_rt.sft.train import autocast, best_dtype
 from lumina_rt.sft.world import Scene
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,16 +29,21 @@ from lumina_rt.unirep import candidate_sizes
 from lumina_rt.vqgan import VQGAN, VQGANConfig
 
 CONFIG = VQGANConfig(
-    embed_dim=8, n_embed=4096, z_channels=64, ch=32, ch_mult=(1, 2, 2, 4), num_res_blocks=1, norm_groups=8
+    embed_dim=16, n_embed=2048, z_channels=64, ch=8, ch_mult=(1, 2, 4, 8), num_res_blocks=1, norm_groups=1
 )
-TARGETS = (96, 96, 64)  # areas of the training pictures, in the share in which they stand here
+TARGETS = (96, 80, 64)  # areas of the training pictures
+WINDOW = 48  # pixels; most steps train on cuts of this side, which hold a thing: a picture is mostly background
+WHOLE = 0.15  # share of the steps, the last ones, that train on whole pictures, a quarter as many at a time
 COMMITMENT = 0.25
 EMA_DECAY = 0.99
+RECENT = 16_384  # latents
+DEAD = 0.02  # times a step that a row is chosen, on average, below which it is moved
+REVIVE_EVERY = 50  # steps
+ALIKE = 0.15  # root mean square, of a range of 2, below which what two codes stand for counts as the same
 
 
-def random_image(rng: Random, width: int, height: int, training: bool = True):
-    """A picture, or one time in two what the labelling tasks draw."""
-    scene = world.random_scene(rng, None, width / height, training)
+def random_image(rng: Random, scene: Scene, width: int, height: int) -> Image.Image:
+    """A picture of the scene, or one time in two what the labelling tasks draw of it."""
     kinds = (world.picture, _with_box, world.segmentation, world.depth, world.surface_normals)
     (draw,) = rng.choices(kinds, (5, 2, 1, 1, 1))
     return draw(scene, width, height)
@@ -43,43 +53,117 @@ def _with_box(scene: Scene, width: int, height: int):
     return world.detection(scene, scene.things[0], width, height)
 
 
-def batches(seed: int, batch_size: int, start: int = 0) -> Iterator[Tensor]:
-    """Endless batches, float [batch_size, 3, H, W] in [-1, 1], each of one size; the same from `start` on."""
+def window(rng: Random, width: int, height: int, thing: world.Thing) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of a cut of a picture around a corner of a thing, on the grid of latents."""
+    box, cut = thing.box(width, height), []
+    for axis, length in enumerate((width, height)):
+        side = min(WINDOW, length)
+        start = box[axis + rng.choice((0, 2))] - rng.uniform(0, side)
+        start = CONFIG.factor * round(min(max(start, 0), length - side) / CONFIG.factor)
+        cut.append((start, start + side))
+    return cut[0][0], cut[1][0], cut[0][1], cut[1][1]
+
+
+def batches(seed: int, batch_size: int, whole_from: int, start: int = 0) -> Iterator[Tensor]:
+    """Endless batches, float [batch_size, 3, H, W] in [-1, 1], each of one size; the same from `start` on.
+
+    From step `whole_from` on they are whole pictures, before it windows.
+    """
     sizes = {target: candidate_sizes(target, patch=2 * CONFIG.factor) for target in TARGETS}
     step = start
     while True:
         rng = Random(f"vq {seed} {step}")
         width, height = rng.choice(sizes[rng.choice(TARGETS)])
-        images = [to_pixels(random_image(rng, width, height)) for _ in range(batch_size)]
+        images = []
+        for _ in range(batch_size if step < whole_from else max(1, batch_size // 4)):
+            scene = world.random_scene(rng, None, width / height)
+            image = random_image(rng, scene, width, height)
+            if step < whole_from:
+                image = image.crop(window(rng, width, height, rng.choice(scene.things)))
+            images.append(to_pixels(image))
         yield torch.from_numpy(np.stack(images))
         step += 1
 
 
 class Codebook:
-    """The codebook of a VQGAN as a moving average of the latents that choose each row."""
+    """The codebook of a VQGAN as a moving average of the latents that choose each row.
+
+    recent: latents of the last steps; a row that nothing chooses moves onto one that is drawn badly.
+    """
 
     def __init__(self, vqgan: VQGAN):
         self.rows = vqgan.quantize.embedding.weight
         self.rows.requires_grad_(False)
-        self.counts = torch.ones(len(self.rows))
-        self.sums = self.rows.detach().clone()
+        self.counts = torch.zeros(len(self.rows))
+        self.sums = torch.zeros_like(self.rows)
+        self.recent = torch.zeros(0, self.rows.shape[1])
 
-    def start(self, latents: Tensor) -> None:
-        """Take rows at random from latents, [n, embed_dim]."""
-        self.rows.copy_(latents[torch.randint(len(latents), (len(self.rows),))])
-        self.sums.copy_(self.rows)
-        self.counts.fill_(1)
+    def see(self, latents: Tensor) -> None:
+        """Remember latents, [n, embed_dim]."""
+        self.recent = torch.cat((self.recent, latents))[-RECENT:]
 
+    @torch.no_grad()
     def follow(self, latents: Tensor, codes: Tensor) -> None:
         """Move towards latents, [n, embed_dim], that have chosen codes, int64 [n]."""
+        self.see(latents)
         chosen = torch.zeros_like(self.counts).index_add_(0, codes, torch.ones(len(codes)))
         self.counts.lerp_(chosen, 1 - EMA_DECAY)
         self.sums.lerp_(torch.zeros_like(self.sums).index_add_(0, codes, latents), 1 - EMA_DECAY)
-        dead = (self.counts < 0.02).nonzero().flatten()
+        alive = self.counts > 1e-3
+        self.rows[alive] = self.sums[alive] / self.counts[alive, None]
+
+    @torch.no_grad()
+    def revive(self) -> None:
+        """Move dead rows onto recent latents, likelier the farther they are from the codebook."""
+        dead = (self.counts < DEAD).nonzero().flatten()
+        if len(dead) == len(self.rows):  # at the start
+            odds = torch.ones(len(self.recent))
+        else:
+            odds = torch.cdist(self.recent, self.rows[self.counts >= DEAD]).amin(1).square()
         if len(dead):
-            moved = latents[torch.randint(len(latents), (len(dead),))]
-            self.sums[dead], self.counts[dead] = moved, 1.0
-        self.rows.copy_(self.sums / self.counts[:, None])
+            self.rows[dead] = self.recent[odds.clamp(min=1e-8).multinomial(len(dead))]
+            self.counts[dead] = 2 * DEAD
+            self.sums[dead] = self.rows[dead] * 2 * DEAD
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose step for each convolution, as a matrix, is its nearest orthogonal one; in fp32 throughout.
+
+    torch.optim.Muon takes matrices only and multiplies them in bf16, which costs more than the model on AVX2.
+    """
+
+    def __init__(self, parameters, lr: float, momentum: float = 0.95):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                average = self.state[p].setdefault("average", torch.zeros_like(p))
+                average.lerp_(p.grad, 1 - group["momentum"])
+                direction = _orthogonal(p.grad.lerp(average, group["momentum"]).flatten(1))
+                rows, columns = direction.shape
+                p.sub_(direction.view_as(p), alpha=group["lr"] * max(1, rows / columns) ** 0.5)
+
+
+def _orthogonal(matrix: Tensor) -> Tensor:
+    """Bring all singular values near 1 by Newton-Schulz steps; the coefficients are Jordan's."""
+    if matrix.shape[0] > matrix.shape[1]:
+        return _orthogonal(matrix.T).T
+    x = matrix / (matrix.norm() + 1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+def _init(vqgan: VQGAN) -> None:
+    """Convolutions that keep the variance of their inputs; torch's own keep a third, 33 times over."""
+    for name, module in vqgan.named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+            gain = 0.1 if name.endswith("conv2") else 1.0
+            torch.nn.init.normal_(module.weight, std=gain * module.weight[0].numel() ** -0.5)
+            torch.nn.init.zeros_(module.bias)
 
 
 def _weight(pixels: Tensor) -> Tensor:
@@ -88,34 +172,37 @@ def _weight(pixels: Tensor) -> Tensor:
     return 1 + 4 * (pixels - around).abs().amax(1, keepdim=True)
 
 
-def train(
-    folder: Path, steps: int, batch_size: int, lr: float, warmup: int, seed: int, start_from: Path | None = None
-) -> VQGAN:
+def train(folder: Path, steps: int, batch_size: int, lr: float, warmup: int, seed: int) -> VQGAN:
     """Train for `steps` steps, the first `warmup` of them without a codebook, and write into `folder`.
 
-    start_from: a VQGAN of CONFIG but for its codebook, whose encoder and decoder to take.
+    Goes on from the state that a run before left in the folder.
     """
     torch.manual_seed(seed)
     vqgan = VQGAN(CONFIG).train()
-    if start_from:
-        taken = VQGAN.from_pretrained(start_from).state_dict()
-        vqgan.load_state_dict({n: w for n, w in taken.items() if not n.startswith("quantize.")}, strict=False)
-    codebook = Codebook(vqgan)
+    _init(vqgan)
+    codebook, dtype = Codebook(vqgan), best_dtype()
     learned = [p for p in vqgan.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learned, lr, betas=(0.9, 0.95), weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min(1, (i + 1) / 100) * max(0.02, 0.5 + 0.5 * math.cos(math.pi * i / steps))
+    optimizers = (
+        Muon([p for p in learned if p.dim() == 4], lr),
+        torch.optim.AdamW([p for p in learned if p.dim() != 4], lr / 7, betas=(0.9, 0.95), weight_decay=1e-4),
     )
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda i: min(1, (i + 1) / 100) * max(0.01, 0.5 + 0.5 * math.cos(math.pi * i / steps))
+        )
+        for optimizer in optimizers
+    ]
     start = 0
     state_path = folder / "training.pt"
     if state_path.exists():
         state = torch.load(state_path, weights_only=True)
         vqgan.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        codebook.counts, codebook.sums, start = state["counts"], state["sums"], state["step"]
+        for part, value in zip((*optimizers, *schedules), state["training"], strict=True):
+            part.load_state_dict(value)
+        codebook.counts, codebook.sums, codebook.recent = state["counts"], state["sums"], state["recent"]
+        start = state["step"]
     bar = tqdm(
-        zip(range(start, steps), batches(seed, batch_size, start), strict=False),
+        zip(range(start, steps), batches(seed, batch_size, round(steps * (1 - WHOLE)), start), strict=False),
         total=steps,
         initial=start,
         mininterval=5,
@@ -123,47 +210,79 @@ def train(
     average = None
     for step, pixels in bar:
         torch.manual_seed(step)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast("cpu", dtype):
             latents = vqgan.encode_latents(pixels)
         latents = latents.float()
         quantized = latents
         loss = 0.0
-        if step >= warmup:
-            rows = latents.detach().permute(0, 2, 3, 1).flatten(0, 2)
-            if step == warmup:
-                codebook.start(rows)
+        rows = latents.detach().permute(0, 2, 3, 1).flatten(0, 2)
+        if step < warmup:
+            codebook.see(rows)
+        else:
+            if step % REVIVE_EVERY == 0:
+                codebook.revive()
             codes = vqgan.quantize(latents)
             found = vqgan.quantize.lookup(codes)
             loss = COMMITMENT * F.mse_loss(latents, found)
             quantized = latents + (found - latents).detach()
             codebook.follow(rows, codes.flatten())
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast("cpu", dtype):
             drawn = vqgan.decode_latents(quantized)
         difference = drawn.float() - pixels
         loss = loss + (_weight(pixels) * (difference.square() + 0.1 * difference.abs())).mean()
         error = difference.detach().square().mean()
-        optimizer.zero_grad()
+        vqgan.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
-        optimizer.step()
-        schedule.step()
+        for part in (*optimizers, *schedules):
+            part.step()
         average = error.item() if average is None else 0.98 * average + 0.02 * error.item()
         if step % 50 == 0:
-            bar.set_postfix(psnr=f"{10 * math.log10(4 / average):.2f}", used=int((codebook.counts > 0.1).sum()))
+            bar.set_postfix(psnr=f"{10 * math.log10(4 / average):.2f}", used=int((codebook.counts > DEAD).sum()))
         if (step + 1) % 500 == 0:
             vqgan.save_pretrained(folder)
             state = {
                 "model": vqgan.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
+                "training": [part.state_dict() for part in (*optimizers, *schedules)],
                 "counts": codebook.counts,
                 "sums": codebook.sums,
+                "recent": codebook.recent,
                 "step": step + 1,
             }
             torch.save(state, state_path.with_suffix(".partial"))
             os.replace(state_path.with_suffix(".partial"), state_path)
     vqgan.save_pretrained(folder)
     return vqgan.eval()
+
+
+@torch.no_grad()
+def merge_codes(vqgan: VQGAN, seed: int = 0, n_batches: int = 120, batch_size: int = 16) -> tuple[VQGAN, Tensor]:
+    """Join the codes that stand for patches alike; the commonest of them stays.
+
+    A patch of plain background has dozens of codes, chosen by what lies around it: noise to whoever predicts codes,
+    and nothing to see. Returns the smaller VQGAN, and which codes it kept, int64 [n], ascending.
+    """
+    n_codes, factor = vqgan.config.n_embed, vqgan.config.factor
+    n_pixels = vqgan.config.in_channels * factor**2
+    counts, sums = torch.zeros(n_codes), torch.zeros(n_codes, n_pixels)
+    for pixels in islice(batches(seed, 4 * batch_size, 0), n_batches):
+        codes = vqgan.encode(pixels).flatten()
+        patches = F.unfold(pixels, factor, stride=factor).transpose(1, 2).reshape(-1, n_pixels)
+        counts.index_add_(0, codes, torch.ones(len(codes)))
+        sums.index_add_(0, codes, patches)
+    shown = sums / counts.clamp(min=1)[:, None]
+    kept: list[int] = []
+    for code in counts.argsort(descending=True, stable=True).tolist():
+        if not counts[code]:
+            break
+        if not kept or (shown[kept] - shown[code]).square().mean(1).min() >= ALIKE**2:
+            kept.append(code)
+    kept_codes = torch.tensor(sorted(kept))
+    merged = VQGAN(replace(vqgan.config, n_embed=len(kept)))
+    merged.load_state_dict(
+        vqgan.state_dict() | {"quantize.embedding.weight": vqgan.quantize.embedding.weight[kept_codes]}
+    )
+    return merged.eval(), kept_codes
 
 
 @torch.no_grad()
@@ -184,15 +303,16 @@ def psnr(vqgan: VQGAN, n: int = 200, target: int = 96, seed: int = 1) -> float:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m lumina_rt.sft.vq", description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--warmup", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=6500)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=0.02)
+    parser.add_argument("--warmup", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--start-from", type=Path, help="a folder whose encoder and decoder to go on from")
     args = parser.parse_args(argv)
     args.folder.mkdir(parents=True, exist_ok=True)
-    vqgan = train(**vars(args))
+    vqgan, _ = merge_codes(train(**vars(args)))
+    vqgan.save_pretrained(args.folder)
+    print(f"codes: {vqgan.config.n_embed}")
     print(f"round trip of held-out pictures: {psnr(vqgan):.2f} dB")
 
 

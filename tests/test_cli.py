@@ -260,8 +260,8 @@ def test_info_tells_the_shape_and_the_memory_of_a_model(plain, checkpoint):
     assert plain("info", *options)[1].startswith("version ")
 
 
-def test_the_demo_says_that_it_is_noise_and_others_do_not(run, plain):
-    code, out, err = plain("generate", "a dog", "--width", "128", "--height", "128", *MACHINE)
+def test_the_demo_says_what_it_knows_and_others_do_not(run, plain):
+    code, out, err = plain("generate", "a dog", *MACHINE)
     assert (code, out, err) == (0, "lumina.png\n", cli.DEMO_NOTE + "\n")
     assert run("generate", "a dog", *SMALL, "--force")[2] == ""
 

@@ -7,8 +7,11 @@ from random import Random
 import numpy as np
 import pytest
 from lumina_rt.sft import world
-from lumina_rt.sft.world import COLORS, RELATIONS, SHAPES, Scene, Thing
+from lumina_rt.sft.world import COLORS, LATTICE, RELATIONS, SHAPES, Scene, Thing
 
+from lumina_rt.unirep import candidate_sizes
+
+TARGETS = (64, 80, 96)  # areas of the pictures that are trained on
 ASPECTS = (4.0, 2.0, 1.0, 0.5, 0.25)
 
 
@@ -44,6 +47,37 @@ def test_things_lie_apart_and_within_the_picture_at_every_aspect(aspect, n_thing
             assert bottom <= height
             covered += pixels(world.segmentation(Scene((thing,), scene.background), width, height)).max(axis=-1) > 0
         assert covered.max() == 1, "two things touch"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_boxes_lie_on_the_lattice_a_step_off_the_border_at_every_size(target):
+    for width, height in candidate_sizes(target, patch=16):
+        sides = {}
+        for seed in range(12):
+            for thing in world.random_scene(Random(seed), None, width / height, training=False).things:
+                left, top, right, bottom = box = thing.box(width, height)
+                assert all(type(edge) is int and edge % LATTICE == 0 for edge in box)
+                assert LATTICE <= left < right <= width - LATTICE
+                assert LATTICE <= top < bottom <= height - LATTICE
+                assert right - left == bottom - top
+                assert (right - left) % (2 * LATTICE) == 0
+                exact = world.SIZES[thing.size] * math.sqrt(width * height)
+                assert abs(right - left - exact) <= LATTICE
+                assert abs((left + right) / 2 - thing.x * width) <= 1.5 * LATTICE
+                assert abs((top + bottom) / 2 - thing.y * height) <= 1.5 * LATTICE
+                sides[thing.size] = right - left
+        assert len({*sides.values()}) == len(sides)  # small and large are told apart
+
+
+@pytest.mark.parametrize("size", [(64, 64), (80, 80), (80, 64), (128, 48), (80, 32), (96, 96)], ids=str)
+def test_things_lie_apart_in_pictures_of_the_sizes_that_are_trained_on(size):
+    n_joined = 0
+    for seed in range(300):
+        rng = Random(seed)
+        scene = world.counted_scene(rng, rng.randint(2, 3), size[0] / size[1])
+        masks = [pixels(world.segmentation(Scene((thing,), ()), *size)).max(axis=-1) > 0 for thing in scene.things]
+        n_joined += sum(mask.astype(int) for mask in masks).max() > 1
+    assert n_joined <= (1 if size == (80, 32) else 0)  # the least size: see world.GAP
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -89,9 +123,10 @@ def test_labels_agree_with_the_picture():
     assert (depths[empty] == 0).all()
     corner = normals[:8, 88:].reshape(-1, 3)
     assert np.abs(corner - [128, 128, 255]).max() <= 1
-    y, x = 29, 24
-    assert normals[y, x - 12][0] < 100 < 156 < normals[y, x + 12][0]  # the left flank faces left, the right one right
-    assert normals[y - 12, x][1] < 100 < 156 < normals[y + 12, x][1]
+    left, top, right, bottom = scene.things[0].box(96, 96)
+    x, y, reach = (left + right) // 2, (top + bottom) // 2, (right - left) * 3 // 8
+    assert normals[y, x - reach][0] < 100 < 156 < normals[y, x + reach][0]  # the left flank faces left, the right right
+    assert normals[y - reach, x][1] < 100 < 156 < normals[y + reach, x][1]
 
 
 def test_a_detection_adds_a_box_around_the_thing_and_changes_nothing_else():
@@ -100,8 +135,11 @@ def test_a_detection_adds_a_box_around_the_thing_and_changes_nothing_else():
     drawn = (boxed == world.BOX_COLOR).all(axis=-1)
     assert np.array_equal(boxed[~drawn], plain[~drawn])
     rows, columns = np.flatnonzero(drawn.any(axis=1)), np.flatnonzero(drawn.any(axis=0))
-    found = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
-    assert np.abs(np.array(found) - scene.things[1].box(96, 96)).max() <= 3.5
+    left, top, right, bottom = scene.things[1].box(96, 96)
+    line = world.BOX_LINE
+    assert (columns[0], rows[0]) == (left - line, top - line)
+    assert (columns[-1] + 1, rows[-1] + 1) == (right + line, bottom + line)
+    assert not drawn[top:bottom, left:right].any()
 
 
 def test_relations_are_exclusive_and_mirror_each_other():
