@@ -15,9 +15,9 @@ from lumina_rt.sft import train
 from lumina_rt.sft.train import LOG, Trainer, TrainingConfig
 from PIL import Image
 from safetensors import safe_open
-from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from safetensors.torch import save_file as save_tensors
+from test_data import save
 
 from lumina_rt import Engine, SamplingParams, weights
 from lumina_rt.tokenizer import Tokenizer
@@ -37,13 +37,7 @@ def write_dialogs(path, vocab, n=30, seed=0, extra=()):
             tokens[5] = vocab.image_start
         rows.append((tokens, learned))
     rows += [(np.array(tokens), np.ones(len(tokens))) for tokens in extra]
-    tensors = {
-        "tokens": np.concatenate([tokens for tokens, _ in rows]).astype(np.int32),
-        "learned": np.concatenate([learned for _, learned in rows]).astype(np.uint8),
-        "offsets": np.cumsum([0] + [len(tokens) for tokens, _ in rows]),
-    }
-    save_file(tensors, path)
-    return path
+    return save(path, rows)
 
 
 @pytest.fixture(scope="module")

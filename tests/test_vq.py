@@ -245,3 +245,20 @@ def test_psnr_is_that_of_the_bytes_of_held_out_pictures():
     assert found == pytest.approx(sum(values) / 8)
     sizes = candidate_sizes(64, patch=2 * CONFIG.factor)
     assert all((pixels.shape[3], pixels.shape[2]) in sizes for pixels in halved.seen)
+
+
+def test_codes_that_stand_for_patches_alike_are_merged_and_the_commonest_stays():
+    with tiny() as patch:
+        torch.manual_seed(0)
+        vqgan = VQGAN(TINY).eval()
+        counts = torch.zeros(16)
+        for pixels in islice(vq.batches(0, 8, 0), 4):
+            counts += torch.bincount(vqgan.encode(pixels).flatten(), minlength=16)
+        patch.setattr(vq, "ALIKE", 0.0)
+        every, kept = vq.merge_codes(vqgan, n_batches=4, batch_size=2)
+        assert kept.tolist() == counts.nonzero().flatten().tolist()  # what nothing chooses goes, all else stays
+        assert torch.equal(every.quantize.embedding.weight, vqgan.quantize.embedding.weight[kept])
+        patch.setattr(vq, "ALIKE", 10.0)
+        one, kept = vq.merge_codes(vqgan, n_batches=4, batch_size=2)
+        assert kept.tolist() == [int(counts.argmax())]
+        assert one.config.n_embed == 1
