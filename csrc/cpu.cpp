@@ -1,17 +1,34 @@
-#include "cpu.h"
+#include <cstring>
+
+#include "ops.h"
 
 namespace lumina {
 
-const char* isa() {
-#if defined(__x86_64__)
+static bool runs(const char* isa) {
+#ifdef LUMINA_X86
     // The integer and the bf16 dot product are both needed, so they count as one set.
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") &&
-        __builtin_cpu_supports("avx512bf16"))
-        return "avx512";
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2";
+    if (!std::strcmp(isa, "avx512"))
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+               __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+    if (!std::strcmp(isa, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
-    return "portable";
+    return !std::strcmp(isa, "portable");
+}
+
+const Ops* find_ops(const char* isa) {
+    if (!runs(isa)) return nullptr;
+#ifdef LUMINA_X86
+    if (!std::strcmp(isa, "avx512")) return &avx512::OPS;
+    if (!std::strcmp(isa, "avx2")) return &avx2::OPS;
+#endif
+    return &portable::OPS;
+}
+
+const Ops& best_ops() {
+    for (const char* isa : {"avx512", "avx2"})
+        if (const Ops* ops = find_ops(isa)) return *ops;
+    return portable::OPS;
 }
 
 }  // namespace lumina

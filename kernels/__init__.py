@@ -1,7 +1,8 @@
 """The op list of the model: one set of names and signatures, one implementation a backend.
 
-`reference` is the specification, in plain PyTorch, and works on every device. The Engine picks a backend once;
-this file holds only what all of them share, and imports none of them.
+`reference` is the specification, in plain PyTorch, and works on every device; `cpu` is in C++. The Engine picks a
+backend once; this file holds only what all of them share, and imports none of them. Beside the ops each backend has
+`pack`, which puts a weight matrix into the form that its `linear` reads, once, while loading.
 """
 
 from typing import NamedTuple

@@ -7,6 +7,7 @@ the input's dtype where the checkpoint's own model rounds. Nothing here knows of
 import torch
 import torch.nn.functional as F
 from lumina_rt.kernels import Controls, NoiseKeys
+from lumina_rt.kernels.quantization import QuantizedWeight, dequantize
 from torch import Tensor
 
 QK_NORM_EPS = 1e-5  # hard-coded in the model, whatever rms_norm_eps says
@@ -120,11 +121,18 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def pack(weight: Tensor | QuantizedWeight) -> Tensor | QuantizedWeight:
+    """Put a weight matrix, [outputs, inputs], into the form that `linear` reads: here, as it is. No op of a step."""
+    return weight
+
+
+def linear(x: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:
     """Multiply by a weight matrix.
 
-    x: [n, inputs].  weight: [outputs, inputs].  Returns [n, outputs] in x's dtype.
+    x: [n, inputs].  weight: [outputs, inputs], from `pack`.  Returns [n, outputs] in x's dtype.
     """
+    if isinstance(weight, QuantizedWeight):
+        return F.linear(_widen(x), dequantize(weight).to(_widen(x).dtype)).to(x.dtype)
     return F.linear(x, weight)
 
 

@@ -23,9 +23,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lumina_rt import _C, convert, hub, images, unirep, vqgan, weights
+from lumina_rt import _C, convert, hub, images, quantized, unirep, vqgan, weights
 from lumina_rt.checkpoint import CheckpointError
 from lumina_rt.engine import IMAGE_TO_IMAGE, TARGET_SIZES, Engine, target_sizes_of
+from lumina_rt.kernels.quantization import BITS
 from lumina_rt.outputs import RequestOutput, TextDelta
 from lumina_rt.params import EngineConfig, SamplingParams
 from lumina_rt.prompts import Message
@@ -166,11 +167,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_options(command, _DIALOG_CONTROLS)
 
-    command = _command(commands, "convert", _convert, "convert Meta's VQGAN, once")
-    command.add_argument("ckpt", metavar="CKPT", help="vqgan.ckpt")
-    command.add_argument("yaml", metavar="YAML", help="vqgan.yaml")
+    command = _command(commands, "convert", _convert, "convert Meta's VQGAN, or quantize a model")
     command.add_argument(
-        "--output", default=str(hub.VQGAN_FOLDER), metavar="FOLDER", help="default: where every model finds it"
+        "source",
+        nargs="+",
+        metavar="SOURCE",
+        help='vqgan.ckpt and vqgan.yaml; or, with --quantize, a folder, a hub id, or "demo"',
+    )
+    command.add_argument("--quantize", choices=BITS, help="write the model with its weights in this")
+    command.add_argument(
+        "--output", metavar="FOLDER", help="default for the VQGAN: where every model finds it; a model needs one"
     )
     command.add_argument("--force", action="store_true", help="replace the files that are there")
 
@@ -224,6 +230,7 @@ def _add_engine(command, model: str | None) -> None:
     group.add_argument("--vqgan", metavar="PATH", help="folder or file of vqgan.safetensors, likewise")
     group.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: the checkpoint's own")
     group.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
+    group.add_argument("--quantization", choices=BITS, help="weights made so while loading; default: the checkpoint's")
     add_fields(group, EngineConfig, [field.name for field in fields(EngineConfig)])
 
 
@@ -238,7 +245,13 @@ def _engine(args) -> Engine:
     names = {field.name for field in fields(EngineConfig)}
     options = {name: value for name, value in vars(args).items() if name in names}
     engine = Engine.from_pretrained(
-        args.model, tokenizer=args.tokenizer, vqgan=args.vqgan, dtype=args.dtype, device=args.device, **options
+        args.model,
+        tokenizer=args.tokenizer,
+        vqgan=args.vqgan,
+        dtype=args.dtype,
+        device=args.device,
+        quantization=args.quantization,
+        **options,
     )
     if args.model == "demo":
         print(DEMO_NOTE, file=sys.stderr)
@@ -437,9 +450,19 @@ def _free_paths(path: Path, n: int) -> list[Path]:
 
 
 def _convert(args):
-    convert.convert_vqgan(args.ckpt, args.yaml, args.output, force=args.force)
-    files = [str(Path(args.output) / name) for name in (vqgan.WEIGHTS, vqgan.CONFIG)]
-    return {"command": args.command, "version": VERSION, "files": files}, files
+    if args.quantize:
+        if len(args.source) != 1 or not args.output:
+            raise ValueError("expected one model and --output FOLDER with --quantize")
+        folder = hub.find_model(args.source[0])
+        files = quantized.write_checkpoint(folder, Path(args.output), args.quantize, force=args.force)
+    else:
+        if len(args.source) != 2:
+            raise ValueError(f"{len(args.source)} sources; expected two, vqgan.ckpt and vqgan.yaml")
+        output = Path(args.output or hub.VQGAN_FOLDER)
+        convert.convert_vqgan(*args.source, output, force=args.force)
+        files = [output / name for name in (vqgan.WEIGHTS, vqgan.CONFIG)]
+    names = list(map(str, files))
+    return {"command": args.command, "version": VERSION, "files": names}, names
 
 
 def _reconstruct(args):

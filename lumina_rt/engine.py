@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from lumina_rt import hub, images, prompts, unirep, weights
 from lumina_rt.checkpoint import CheckpointError
-from lumina_rt.kernels import reference
+from lumina_rt.kernels import cpu, reference
 from lumina_rt.kv_cache import KVCache, Lease
 from lumina_rt.model import Model
 from lumina_rt.outputs import Answer, ImageRow, RequestOutput, TextDelta, Timings
@@ -90,6 +90,7 @@ class Engine:
         vqgan: str | Path | None = None,
         dtype: str | None = None,
         device: str | None = None,
+        quantization: str | None = None,
         **options,
     ) -> "Engine":
         """Load a checkpoint in the published layout.
@@ -97,6 +98,7 @@ class Engine:
         model: a folder, a hub id, or "demo".  tokenizer: a tokenizer.json, where the model's folder has none.
         vqgan: the folder or file of vqgan.safetensors, likewise.  dtype: "bfloat16" or "float32"; the
         checkpoint's own by default.  device: "cpu" or "cuda"; a GPU where there is one by default.
+        quantization: "int8" or "int4" weights, made while loading; None keeps the checkpoint's.
         options: fields of EngineConfig.
 
         Raises CheckpointError, a ValueError, with everything that is wrong with the files, and ValueError for
@@ -113,7 +115,8 @@ class Engine:
         if n_codes != n_tokens:
             raise CheckpointError(folder, [f"{n_codes} codes in the VQGAN, {n_tokens} in the tokenizer"])
         image_ids = torch.from_numpy(tokens.vocab.image_tokens)
-        loaded = weights.load(folder, reference, image_ids, config.max_model_len, torch_dtype, device)
+        ops = cpu if device == "cpu" else reference
+        loaded = weights.load(folder, ops, image_ids, config.max_model_len, torch_dtype, device, quantization)
         if tokens.vocab.size > loaded.config.vocab_size:
             problem = f"{tokens.vocab.size} ids in the tokenizer, {loaded.config.vocab_size} in the model"
             raise CheckpointError(folder, [problem])

@@ -48,9 +48,11 @@ class Step:
 
 @dataclass
 class Layer:
-    """The weights of one layer. The two join norms are those at the residual additions: with pre-norm layers the
-    norm that follows each sum (the next layer's input norm, or the model's last), with post-norm layers the norm of
-    what is added."""
+    """The weights of one layer; matrices as `ops.pack` has made them.
+
+    The two join norms are those at the residual additions: with pre-norm layers the norm that follows each sum (the
+    next layer's input norm, or the model's last), with post-norm layers the norm of what is added.
+    """
 
     qkv: Tensor  # [(heads + 2 * kv_heads) * head_dim, hidden]
     q_norm: tuple[Tensor, Tensor]  # weight, bias, each [mp, head_dim]

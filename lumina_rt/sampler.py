@@ -31,11 +31,11 @@ class Pick:
 class Sampler:
     def __init__(self, model: Model, vocab: Vocab):
         self.model, self.vocab = model, vocab
-        self.device = model.lm_head.device
+        self.device = model.embed.device
         self.image_tokens = torch.from_numpy(vocab.image_tokens).to(self.device)
-        self.all_tokens = torch.arange(len(model.lm_head), device=self.device)
+        self.all_tokens = torch.arange(model.config.vocab_size, device=self.device)
         # Rows of the head beyond the tokenizer's names, padding, are no text either.
-        unnamed = np.arange(vocab.size, len(model.lm_head))
+        unnamed = np.arange(vocab.size, model.config.vocab_size)
         self.not_text = torch.from_numpy(np.concatenate((vocab.text_forbidden, unnamed))).to(self.device)
 
     @torch.inference_mode()
@@ -80,7 +80,7 @@ class Sampler:
 
     def _size_logits(self, hidden: Tensor, group: list[Pick]) -> tuple[Tensor, Tensor]:
         choices = self._int(group[0].sample.choices())
-        return self.model.ops.linear(hidden, self.model.lm_head[choices]), choices
+        return self.model.ops.linear(hidden, self.model.lm_head)[:, choices], choices
 
     def _text_logits(self, hidden: Tensor, group: list[Pick]) -> tuple[Tensor, Tensor]:
         logits = self.model.ops.linear(hidden, self.model.lm_head)

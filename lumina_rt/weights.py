@@ -5,7 +5,6 @@ the weights themselves is resident. Everything wrong with a folder is told in on
 """
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lumina_rt.checkpoint import CheckpointError
+from lumina_rt.kernels.quantization import BITS, GROUP, QuantizedWeight, quantize
 from lumina_rt.model import Layer, Model, ModelConfig, rope_table
 
 # Upstream Chameleon checkpoints hold the encoder of the image tokenizer too; ours comes from vqgan.safetensors.
@@ -105,10 +105,13 @@ def config_from_json(values: Mapping, folder: Path | str = "config.json") -> Mod
     problems = []
     for key, supported in {
         "model_type": "chameleon", "hidden_act": "silu", "rope_scaling": None, "attention_bias": False,
-        "mlp_bias": False, "tie_word_embeddings": False, "quantization_config": None,
+        "mlp_bias": False, "tie_word_embeddings": False,
     }.items():  # fmt: skip
         if values.get(key, supported) not in (supported, None):
             problems.append(f"{key} {json.dumps(values[key])[:80]} is not supported; expected {json.dumps(supported)}")
+    quantized = values.get("quantization_config")
+    if quantized not in (None, *map(quantization_config, BITS)):
+        problems.append(f"quantization_config {json.dumps(quantized)[:80]} is not supported; expected our own or none")
     rope = values.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         problems.append(f"rope_parameters is {rope!r}; expected an object")
@@ -150,6 +153,46 @@ def config_from_json(values: Mapping, folder: Path | str = "config.json") -> Mod
     )
 
 
+def quantization_config(quantization: str) -> dict:
+    """What config.json says of a checkpoint whose matrices are in "int8" or "int4"."""
+    return {"quant_method": "lumina_rt", "bits": BITS[quantization], "group_size": GROUP}
+
+
+def stored_quantization(values: Mapping) -> str | None:
+    """What the matrices of a checkpoint are in, by its config.json: "int8", "int4", or None for floats."""
+    found = values.get("quantization_config")
+    return found and next(name for name, bits in BITS.items() if bits == found["bits"])
+
+
+def is_matrix(name: str) -> bool:
+    """Whether a tensor is one that quantization rounds."""
+    return name.endswith("_proj.weight") or name == "lm_head.weight"
+
+
+def bits_of(name: str, quantization: str) -> int:
+    """Bits of a matrix: the head has 8 at least."""
+    return max(BITS[quantization], 8 if name == "lm_head.weight" else 0)
+
+
+def quantized_names(name: str) -> tuple[str, str]:
+    """Under which names a quantized checkpoint holds a matrix: values and scales."""
+    stem = name.removesuffix("weight")
+    return stem + "values", stem + "scales"
+
+
+def quantized_shapes(config: ModelConfig, quantization: str) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a quantized checkpoint."""
+    shapes = {}
+    for name, shape in tensor_shapes(config).items():
+        if not is_matrix(name):
+            shapes[name] = shape
+            continue
+        values, scales = quantized_names(name)
+        shapes[values] = (shape[0], shape[1] * bits_of(name, quantization) // 8)
+        shapes[scales] = (shape[0], shape[1] // GROUP)
+    return shapes
+
+
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a checkpoint, as published."""
     hidden, intermediate, head_dim = config.hidden, config.intermediate, config.head_dim
@@ -174,10 +217,10 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (config.vocab_size, hidden)}
 
 
-def _check(checkpoint: Checkpoint, config: ModelConfig) -> None:
+def _check(checkpoint: Checkpoint, config: ModelConfig, stored: str | None = None) -> None:
     """Raise one CheckpointError with everything that is wrong with the tensors."""
     problems, found = list(checkpoint.problems), checkpoint.tensors
-    expected = tensor_shapes(config)
+    expected = quantized_shapes(config, stored) if stored else tensor_shapes(config)
     problems += [f"{name} is missing" for name in expected if name not in found]
     problems += [
         f"{name} is unexpected" for name in found if name not in expected and not name.startswith(IGNORED_PREFIX)
@@ -203,9 +246,12 @@ def has_weights(folder: Path) -> bool:
 def stored_config(folder: Path) -> ModelConfig:
     """The ModelConfig of a folder; where it has weights, their tensors tell how many rows the QK-norms have.
 
-    Raises CheckpointError as `load`.
+    Raises CheckpointError as `load`, and where the weights are quantized.
     """
-    config = config_from_json(read_json(folder / "config.json"), folder)
+    values = read_json(folder / "config.json")
+    config = config_from_json(values, folder)
+    if stored := stored_quantization(values):
+        raise CheckpointError(folder, [f"the weights are in {stored}; expected floats"])
     if not has_weights(folder):
         return config
     checkpoint = Checkpoint(folder)
@@ -222,24 +268,47 @@ def read_state(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
 
 
 def load(
-    folder: Path, ops: ModuleType, image_ids: Tensor, max_positions: int, dtype: torch.dtype | None, device: str
+    folder: Path,
+    ops: ModuleType,
+    image_ids: Tensor,
+    max_positions: int,
+    dtype: torch.dtype | None,
+    device: str,
+    quantization: str | None = None,
 ) -> Model:
     """Load a checkpoint folder.
 
     image_ids: int64 [n_codes], ascending tokens whose rows of the head are wanted apart.  max_positions: length of
-    the RoPE table.  dtype: None for the checkpoint's own.  Raises CheckpointError with everything that is wrong.
+    the RoPE table.  dtype: None for the checkpoint's own.  quantization: of the matrices, a key of
+    `kernels.quantization.BITS`, the head in int8 at least; None for what the checkpoint has.  Raises CheckpointError
+    with everything that is wrong, and ValueError for a quantization that cannot be had.
     """
+    if quantization not in (None, *BITS):
+        raise ValueError(f"quantization is {quantization!r}; expected None or one of {', '.join(BITS)}")
     values = read_json(folder / "config.json")
     config = config_from_json(values, folder)
-    dtype = dtype or _stored_dtype(values, folder)
+    dtype, stored = dtype or stored_dtype(values, folder), stored_quantization(values)
+    if stored and quantization not in (None, stored):
+        raise ValueError(f"quantization is {quantization!r}; the checkpoint is in {stored} already")
     checkpoint = Checkpoint(folder)
-    _check(checkpoint, config)
+    _check(checkpoint, config, stored)
     if int(image_ids.max()) >= config.vocab_size:
         problem = f"the tokenizer has an image token {int(image_ids.max())}, the model {config.vocab_size} tokens"
         raise CheckpointError(folder, [problem])
 
     def read(*names: str) -> Tensor:
         return checkpoint.read(list(names), dtype).to(device)
+
+    def matrix(*names: str) -> Tensor | QuantizedWeight:
+        if stored:
+            values, scales = zip(*map(quantized_names, names), strict=True)
+            parts = checkpoint.read(list(values), torch.uint8), checkpoint.read(list(scales), torch.bfloat16)
+            return QuantizedWeight(*(part.to(device) for part in parts))
+        weight = read(*names)
+        return quantize(weight, bits_of(names[0], quantization)) if quantization else weight
+
+    def packed(*names: str):
+        return ops.pack(matrix(*names))
 
     norms = []  # in the order of the checkpoint: two a layer, then the model's last
     layers = []
@@ -251,13 +320,13 @@ def load(
         ]
         layers.append(
             Layer(
-                qkv=read(attention + "q_proj.weight", attention + "k_proj.weight", attention + "v_proj.weight"),
+                qkv=packed(attention + "q_proj.weight", attention + "k_proj.weight", attention + "v_proj.weight"),
                 q_norm=(read(attention + "q_norm.weight"), read(attention + "q_norm.bias")),
                 k_norm=(read(attention + "k_norm.weight"), read(attention + "k_norm.bias")),
-                o=read(attention + "o_proj.weight"),
+                o=packed(attention + "o_proj.weight"),
                 attention_join=None,
-                gate_up=read(mlp + "gate_proj.weight", mlp + "up_proj.weight"),
-                down=read(mlp + "down_proj.weight"),
+                gate_up=packed(mlp + "gate_proj.weight", mlp + "up_proj.weight"),
+                down=packed(mlp + "down_proj.weight"),
                 mlp_join=None,
             )
         )
@@ -267,22 +336,28 @@ def load(
     for i, layer in enumerate(layers):
         layer.attention_join, layer.mlp_join = norms[2 * i], norms[2 * i + 1]
 
-    lm_head = read("lm_head.weight")
-    first, last = int(image_ids[0]), int(image_ids[-1])
-    contiguous = last - first + 1 == len(image_ids)
+    lm_head = matrix("lm_head.weight")
     return Model(
         config=config,
         ops=ops,
         embed=read("model.embed_tokens.weight"),
         layers=layers,
         edge_norm=edge_norm,
-        lm_head=lm_head,
-        image_head=lm_head[first : last + 1] if contiguous else lm_head[image_ids.to(device)],
+        lm_head=ops.pack(lm_head),
+        image_head=ops.pack(_rows(lm_head, image_ids)),
         rope=rope_table(max_positions, config.head_dim, config.rope_theta, dtype).to(device),
     )
 
 
-def _stored_dtype(values: Mapping, folder: Path) -> torch.dtype:
+def _rows(matrix: Tensor | QuantizedWeight, ids: Tensor) -> Tensor | QuantizedWeight:
+    """Some rows, ascending; a view of them where they are neighbours."""
+    if isinstance(matrix, QuantizedWeight):
+        return QuantizedWeight(*(_rows(part, ids) for part in matrix))
+    first, last = int(ids[0]), int(ids[-1])
+    return matrix[first : last + 1] if last - first + 1 == len(ids) else matrix[ids.to(matrix.device)]
+
+
+def stored_dtype(values: Mapping, folder: Path) -> torch.dtype:
     """The dtype that config.json names; bf16 where it names none. Raises CheckpointError for one we do not run."""
     name = values.get("dtype") or values.get("torch_dtype") or "bfloat16"
     if name not in DTYPES:
@@ -292,8 +367,14 @@ def _stored_dtype(values: Mapping, folder: Path) -> torch.dtype:
 
 def n_bytes(model: Model) -> int:
     """Bytes of all weights of a model, each counted once."""
-    tensors = [model.embed, model.lm_head, model.edge_norm]
-    for layer in model.layers:
-        for value in vars(layer).values():
-            tensors += value if isinstance(value, tuple) else [value]
-    return sum(math.prod(tensor.shape) * tensor.element_size() for tensor in tensors)
+    found: dict[int, int] = {}
+    parts: list = [model.embed, model.lm_head, model.image_head, model.edge_norm]
+    parts += [value for layer in model.layers for value in vars(layer).values()]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, tuple):
+            parts += part
+        elif isinstance(part, Tensor):  # what is a view of another is counted with it
+            storage = part.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())

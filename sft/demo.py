@@ -42,7 +42,7 @@ N_MERGES = 400
 
 TEXT_TO_IMAGE = {"text_to_image": 17, "describe": 2, "talk": 1}
 OMNI = {
-    "text_to_image": 6, "describe": 1, "questions": 3, "talk": 0.5, "segmentation": 1.5, "depth": 1, "normals": 1,
+    "text_to_image": 12, "describe": 1, "questions": 3, "talk": 0.5, "segmentation": 1.5, "depth": 1, "normals": 1,
     "detection": 2, "editing": 4, "from_condition": 1.5, "multiview": 1.5,
 }  # fmt: skip
 
@@ -58,6 +58,7 @@ class Stage:
     passes: float
     lr: float
     min_lr: float
+    muon_lr: float = 0.0
 
 
 # FP-SFT in three stages of growing area, then Omni-SFT (paper, section 2.2.2).

@@ -18,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 from huggingface_hub import save_torch_state_dict
 from lumina_rt.sft.data import Batches, Dialogs, collate
 from lumina_rt.sft.model import TrainableModel, loss_of
+from lumina_rt.sft.muon import Muon
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
@@ -42,6 +43,7 @@ class TrainingConfig:
 
     batch_tokens: of one forward, padding included.  accumulate: forwards a step, on each process.
     lr, min_lr: after `warmup_steps` of linear growth, half a cosine from the one to the other.
+    muon_lr: where AdamW learns by `lr`, Muon learns by this the matrices inside layers; 0 leaves them to AdamW.
     clip: largest norm of the gradient.  context_drop: how often the words before an image are left out.
     recompute: keep no activations inside layers.  save_every: steps between saved states.
     """
@@ -51,6 +53,7 @@ class TrainingConfig:
     accumulate: int = 1
     lr: float = 2e-5
     min_lr: float = 2e-5
+    muon_lr: float = 0.0
     warmup_steps: int = 100
     weight_decay: float = 0.1
     clip: float = 4.0
@@ -89,6 +92,8 @@ class Trainer:
         """
         self.config, self.source, self.output = config, model_folder, output
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if config.muon_lr and self.world > 1:
+            raise ValueError(f"muon_lr is {config.muon_lr}; expected 0 with several processes, which cut matrices up")
         self.device = (
             torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         )
@@ -96,9 +101,7 @@ class Trainer:
         self.batches = Batches(dialogs, config.batch_tokens, config.seed)
         self.image_start = Tokenizer.from_file(model_folder / "tokenizer.json").vocab.image_start
         self.model = self._build(dialogs.largest)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay
-        )
+        self.optimizers = self._optimizers()
         self.step = 0
 
     def _build(self, largest_token: int) -> TrainableModel:
@@ -122,6 +125,16 @@ class Trainer:
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(model, full if self.rank == 0 else {}, options=options)
         return model.to(self.device)
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        c = self.config
+        named = self.model.named_parameters()
+        matrices = {name: p for name, p in named if c.muon_lr and name.endswith("proj.weight")}
+        others = [p for name, p in self.model.named_parameters() if name not in matrices]
+        optimizers = [torch.optim.AdamW(others, lr=c.lr, betas=(0.9, 0.95), weight_decay=c.weight_decay)]
+        if matrices:
+            optimizers.append(Muon(matrices.values(), c.muon_lr, weight_decay=c.weight_decay))
+        return optimizers
 
     def lr(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -158,8 +171,9 @@ class Trainer:
     def train_step(self, group: list[list[int]]) -> dict:
         """One step of the optimizer over a group of batches, this process's share of it here."""
         c = self.config
-        for options in self.optimizer.param_groups:
-            options["lr"] = self.lr(self.step)
+        for optimizer in self.optimizers:
+            for options in optimizer.param_groups:
+                options["lr"] = optimizer.defaults["lr"] * self.lr(self.step) / c.lr
         mine = [
             collate(self.batches.dialogs, batch, self.image_start, c.context_drop, hash((c.seed, self.step, i)))
             for i, batch in enumerate(group)
@@ -178,8 +192,9 @@ class Trainer:
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss of step {self.step} is {loss}; the state of the last save is kept")
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         record = {"step": self.step, "loss": loss, "grad_norm": float(norm), "lr": self.lr(self.step)}
         self.step += 1
         return record | {"tokens": int(n_learned)}
@@ -199,7 +214,7 @@ class Trainer:
         full = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if self.rank == 0:
             write_checkpoint(full, self.source, self.output, weights.DTYPES[self.config.dtype])
-        model, optimizer = get_state_dict(self.model, self.optimizer)
+        model, optimizer = get_state_dict(self.model, self.optimizers)
         partial, previous, state = (self.output / name for name in ("state.partial", "state.previous", "state"))
         if self.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -219,11 +234,11 @@ class Trainer:
         state = next((place for place in places if place.exists()), None)
         if state is None:
             return
-        model, optimizer = get_state_dict(self.model, self.optimizer)
+        model, optimizer = get_state_dict(self.model, self.optimizers)
         values = {"model": model, "optimizer": optimizer, "step": 0}
         dcp.load(values, checkpoint_id=state, no_dist=self.world == 1)
         set_state_dict(
-            self.model, self.optimizer, model_state_dict=values["model"], optim_state_dict=values["optimizer"]
+            self.model, self.optimizers, model_state_dict=values["model"], optim_state_dict=values["optimizer"]
         )
         self.step = values["step"]
 

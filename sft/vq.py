@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lumina_rt.sft import world
+from lumina_rt.sft.muon import Muon
 from lumina_rt.sft.train import autocast, best_dtype
 from lumina_rt.sft.world import Scene
 from PIL import Image
@@ -124,37 +125,6 @@ class Codebook:
             self.rows[dead] = self.recent[odds.clamp(min=1e-8).multinomial(len(dead))]
             self.counts[dead] = 2 * DEAD
             self.sums[dead] = self.rows[dead] * 2 * DEAD
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose step for each convolution, as a matrix, is its nearest orthogonal one; in fp32 throughout.
-
-    torch.optim.Muon takes matrices only and multiplies them in bf16, which costs more than the model on AVX2.
-    """
-
-    def __init__(self, parameters, lr: float, momentum: float = 0.95):
-        super().__init__(parameters, {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                average = self.state[p].setdefault("average", torch.zeros_like(p))
-                average.lerp_(p.grad, 1 - group["momentum"])
-                direction = _orthogonal(p.grad.lerp(average, group["momentum"]).flatten(1))
-                rows, columns = direction.shape
-                p.sub_(direction.view_as(p), alpha=group["lr"] * max(1, rows / columns) ** 0.5)
-
-
-def _orthogonal(matrix: Tensor) -> Tensor:
-    """Bring all singular values near 1 by Newton-Schulz steps; the coefficients are Jordan's."""
-    if matrix.shape[0] > matrix.shape[1]:
-        return _orthogonal(matrix.T).T
-    x = matrix / (matrix.norm() + 1e-7)
-    for _ in range(5):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x
 
 
 def _init(vqgan: VQGAN) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lumina_rt.kernels import reference
 
 from lumina_rt import Engine, dummy
 
@@ -18,6 +19,12 @@ def _torch_settings():
 def checkpoint(tmp_path_factory):
     """A tiny random checkpoint of the 7B kind whose images have the areas of 64 x 64 and 128 x 128."""
     return dummy.write_checkpoint(tmp_path_factory.mktemp("checkpoint"), generation={"target_sizes": [128, 64]})
+
+
+@pytest.fixture
+def plain_ops(monkeypatch):
+    """Engines are made with the reference ops, whose weights are plain tensors that a test can look at and change."""
+    monkeypatch.setattr("lumina_rt.engine.cpu", reference)
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ def test_a_build_writes_a_checkpoint_that_the_engine_loads_and_goes_on_where_it_
     assert (output / "model.safetensors").stat().st_mtime_ns == written
 
 
-def test_codes_that_look_alike_begin_as_tokens_that_are_alike(tmp_path, vqgan_folder):
+def test_codes_that_look_alike_begin_as_tokens_that_are_alike(plain_ops, tmp_path, vqgan_folder):
     vqgan = VQGAN.from_pretrained(vqgan_folder)
     rows = vqgan.quantize.embedding.weight.data
     rows[1] = rows[0] + 1e-3

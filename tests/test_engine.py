@@ -53,32 +53,35 @@ def test_every_shape_comes_out_as_wide_and_high_as_asked(engine, size):
     assert engine.generate_image("a dog", *size, seed=1, guidance_scale=1).images[0].size == size
 
 
-def test_the_image_equals_one_made_by_the_plain_loop(engine):
-    """The whole Engine against the obvious: two full forwards a token over growing lists, no cache kept."""
+def test_the_image_equals_one_made_by_the_plain_loop(engine, checkpoint):
+    """The whole Engine against the obvious: two full forwards a token over growing lists, no cache kept, no C++."""
     from lumina_rt.kernels import Controls, NoiseKeys, reference
 
+    from lumina_rt import weights
     from lumina_rt.kv_cache import KVCache
     from lumina_rt.model import Step
 
+    vocab = engine.tokenizer.vocab
+    ids = torch.from_numpy(np.sort(vocab.image_ids))
+    model = weights.load(checkpoint, reference, ids, 1024, None, "cpu")
+
     def last_hidden(tokens):
-        n, shape = len(tokens), engine.model.config
+        n, shape = len(tokens), model.config
         cache = KVCache(shape.n_layers, 1, 1024, shape.kv_heads, shape.head_dim, torch.float32, "cpu")
         places = torch.arange(n)
         table, bounds = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([0, n], dtype=torch.int32)
         step = Step(torch.tensor(tokens), places, places, table, bounds, bounds[1:])
-        return engine.model.forward(step, cache)[-1:]
+        return model.forward(step, cache)[-1:]
 
-    vocab = engine.tokenizer.vocab
     text = "Generate an image of 64x64 according to the following prompt:\na dog"
     image = [vocab.image_start, vocab.grid_token(2), vocab.grid_token(2)]
     prompt = [vocab.bos, *engine.tokenizer.encode(text), vocab.end_of_turn]
-    ids = torch.from_numpy(np.sort(vocab.image_ids))
     controls = Controls(*(torch.tensor([x]) for x in (4.0, 1.0, 30, 1.0, 0.0)))
     for _ in range(4):
         for _ in range(4):
             hidden = torch.cat((last_hidden(prompt + image), last_hidden(image)))
             keys = NoiseKeys(*(torch.tensor([x]) for x in (7, 0, len(prompt + image))))
-            logits = reference.linear(hidden, engine.model.lm_head[ids])
+            logits = reference.linear(hidden, model.lm_head[ids])
             image.append(
                 int(reference.guided_sample(logits, torch.tensor([0]), torch.tensor([1]), ids, controls, keys))
             )
@@ -117,7 +120,7 @@ def test_several_images_in_one_answer(engine):
     assert_nothing_is_left(engine)
 
 
-def test_a_model_left_free_writes_text_and_images_that_decode(engine):
+def test_a_model_left_free_writes_text_and_images_that_decode(plain_ops, engine):
     # A random model seldom begins an image, so it is made to like that token.
     start = engine.tokenizer.vocab.image_start
     engine.model.lm_head[start] = engine.model.image_head.mean(0) + 0.5
@@ -441,7 +444,7 @@ def test_a_callback_that_raises_leaves_nothing(engine):
     assert_nothing_is_left(engine)
 
 
-def test_weights_that_are_not_finite_are_an_error_not_an_image(engine):
+def test_weights_that_are_not_finite_are_an_error_not_an_image(plain_ops, engine):
     engine.model.layers[0].down[0, 0] = torch.nan
     with pytest.raises(FloatingPointError, match="not finite"):
         engine.generate_image("a", 64, 64)
@@ -463,3 +466,22 @@ def test_threads_that_generate_at_once_share_the_steps(engine):
     assert results[0] == results[2] == results[4] == alone
     assert results[1] == results[3] != alone
     assert_nothing_is_left(engine)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantization"), [("float32", None), ("bfloat16", None), ("bfloat16", "int8"), ("float32", "int4")]
+)
+def test_an_image_is_the_same_whatever_else_is_in_the_steps(checkpoint, dtype, quantization):
+    engine = Engine.from_pretrained(
+        checkpoint, device="cpu", dtype=dtype, quantization=quantization, page_size=16, num_pages=512
+    )
+    params = [SamplingParams(num_images=1, size=(64, 64), seed=i, guidance_scale=1 + i % 3) for i in range(9)]
+    alone = [engine.generate([f"dog {i}"], p, progress=False)[0].token_ids for i, p in enumerate(params)]
+    together = engine.generate([f"dog {i}" for i in range(9)], params, progress=False)
+    assert [output.token_ids for output in together] == alone
+    assert len({tuple(tokens) for tokens in alone}) == 9
+
+
+def test_a_quantization_that_is_not_known_is_refused(checkpoint):
+    with pytest.raises(ValueError, match="quantization is 'int3'; expected None or one of int8, int4"):
+        Engine.from_pretrained(checkpoint, device="cpu", quantization="int3")

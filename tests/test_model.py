@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from lumina_rt.kernels import reference
+from lumina_rt.kernels import cpu, reference
 from safetensors.torch import save_file
 from transformers import ChameleonConfig, ChameleonForConditionalGeneration
 
@@ -14,6 +14,7 @@ from lumina_rt.model import Step, rope_table
 
 PAGE_SIZE = 16
 VOCAB = 300
+OPS = [pytest.param(ops, id=ops.__name__.rsplit(".", 1)[1]) for ops in (reference, cpu)]
 KINDS = {
     "7b": {"num_key_value_heads": 4, "model_parallel_size": 1, "swin_norm": False},
     "7b-mp4": {"num_key_value_heads": 4, "model_parallel_size": 4, "swin_norm": False},
@@ -30,7 +31,7 @@ KINDS = {
 }
 
 
-def build(kind, tmp_path):
+def build(kind, tmp_path, ops):
     """One set of random weights as our Model and as transformers' Chameleon."""
     values = {**dummy.TINY_MODEL, **KINDS[kind], "vocab_size": VOCAB}
     config = weights.config_from_json(values)
@@ -42,7 +43,7 @@ def build(kind, tmp_path):
                 tensors[name] = tensors[name][::2].contiguous()
     (tmp_path / "config.json").write_text(json.dumps(values))
     save_file(tensors, tmp_path / "model.safetensors")
-    model = weights.load(tmp_path, reference, torch.arange(4, 68), 256, torch.float32, "cpu")
+    model = weights.load(tmp_path, ops, torch.arange(4, 68), 256, torch.float32, "cpu")
 
     vq = {
         "base_channels": 32,
@@ -108,7 +109,7 @@ class Rows:
             cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
             seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
         )
-        logits = reference.linear(self.model.forward(step, self.cache), self.model.lm_head)
+        logits = self.model.ops.linear(self.model.forward(step, self.cache), self.model.lm_head)
         return dict(zip(pieces, logits.split([len(piece) for piece in pieces.values()]), strict=True))
 
 
@@ -120,9 +121,10 @@ def random_tokens(n, seed=0):
     return torch.randint(VOCAB, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
+@pytest.mark.parametrize("ops", OPS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_whole_prefill_chunks_and_single_tokens_match_transformers(kind, tmp_path):
-    model, theirs = build(kind, tmp_path)
+def test_whole_prefill_chunks_and_single_tokens_match_transformers(kind, ops, tmp_path):
+    model, theirs = build(kind, tmp_path, ops)
     tokens = random_tokens(50)
     expected = expected_logits(theirs, tokens)
     assert_close(Rows(model, 1).feed({0: tokens})[0], expected)
@@ -135,9 +137,10 @@ def test_whole_prefill_chunks_and_single_tokens_match_transformers(kind, tmp_pat
         assert_close(torch.cat(logits), expected)
 
 
+@pytest.mark.parametrize("ops", OPS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_step_of_prefill_and_decode_rows_matches_separate_runs(kind, tmp_path):
-    model, theirs = build(kind, tmp_path)
+def test_a_step_of_prefill_and_decode_rows_matches_separate_runs(kind, ops, tmp_path):
+    model, theirs = build(kind, tmp_path, ops)
     long, short, late = random_tokens(40, 1), random_tokens(9, 2), random_tokens(21, 3)
     rows = Rows(model, 3)
     rows.feed({0: long[:39], 1: short[:7]})
@@ -147,9 +150,10 @@ def test_a_step_of_prefill_and_decode_rows_matches_separate_runs(kind, tmp_path)
     assert_close(mixed[2], expected_logits(theirs, late))
 
 
-def test_a_model_in_bf16_stays_near_the_one_in_fp32(tmp_path):
-    model, theirs = build("7b", tmp_path)
-    half = weights.load(tmp_path, reference, torch.arange(4, 68), 256, torch.bfloat16, "cpu")
+@pytest.mark.parametrize("ops", OPS)
+def test_a_model_in_bf16_stays_near_the_one_in_fp32(ops, tmp_path):
+    model, theirs = build("7b", tmp_path, ops)
+    half = weights.load(tmp_path, ops, torch.arange(4, 68), 256, torch.bfloat16, "cpu")
     tokens = random_tokens(30)
     rows = Rows(model, 1)
     rows.model = half

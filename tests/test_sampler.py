@@ -24,7 +24,7 @@ class RecordingOps(SimpleNamespace):
 
 
 @pytest.fixture
-def engine(checkpoint):
+def engine(plain_ops, checkpoint):
     engine = Engine.from_pretrained(checkpoint, device="cpu", num_pages=16, page_size=16)
     engine.model.ops = RecordingOps()
     return engine

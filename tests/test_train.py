@@ -102,7 +102,26 @@ def test_each_step_is_taken_with_the_rate_of_its_number(trainer, tmp_path):
     run = trainer(steps=5)
     run.run()
     assert [(line["step"], line["lr"]) for line in losses(tmp_path / "run")] == [(i, run.lr(i)) for i in range(5)]
-    assert run.optimizer.param_groups[0]["lr"] == run.lr(4)
+    assert run.optimizers[0].param_groups[0]["lr"] == run.lr(4)
+
+
+def test_muon_learns_the_matrices_of_layers_and_follows_the_schedule(trainer, tmp_path):
+    run = trainer(steps=5, lr=1e-3, min_lr=1e-4, muon_lr=1e-2)
+    adam, muon = (sum(p.numel() for p in opt.param_groups[0]["params"]) for opt in run.optimizers)
+    matrices = {name: p for name, p in run.model.named_parameters() if name.endswith("proj.weight")}
+    assert muon == sum(p.numel() for p in matrices.values())
+    assert adam + muon == sum(p.numel() for p in run.model.parameters())
+    run.run()
+    assert run.optimizers[1].param_groups[0]["lr"] == pytest.approx(10 * run.lr(4))
+    assert len(trainer(steps=5).optimizers) == 1
+
+
+def test_a_run_with_muon_that_was_killed_ends_with_the_same_bits(trainer, tmp_path):
+    trainer("whole", muon_lr=1e-2).run()
+    with pytest.raises(KeyboardInterrupt):
+        stop_at(trainer("killed", muon_lr=1e-2), 5).run()
+    trainer("killed", muon_lr=1e-2).run()
+    assert_same(*(load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed")))
 
 
 def test_training_lowers_the_loss_of_what_it_has_seen(trainer, tmp_path):
@@ -223,7 +242,7 @@ def test_a_step_is_adamw_on_the_clipped_gradient(trainer):
     def keep(optimizer, *_):
         clipped.update({name: weight.grad.clone() for name, weight in run.model.named_parameters()})
 
-    run.optimizer.register_step_pre_hook(keep)
+    run.optimizers[0].register_step_pre_hook(keep)
     run.train_step([[0, 1, 2]])
     norm = torch.stack([gradient.norm() for gradient in clipped.values()]).norm()
     assert float(norm) == pytest.approx(1e-3, rel=1e-3)
@@ -268,8 +287,8 @@ def test_the_checkpoint_has_the_published_layout_and_the_engine_runs_it(trainer,
     for name in ("tokenizer.json", "generation_config.json", "vqgan.json", "vqgan.safetensors"):
         assert (output / name).read_bytes() == (run.source / name).read_bytes()
     engine = Engine.from_pretrained(output, device="cpu", num_pages=8)
-    assert engine.model.lm_head.dtype == getattr(torch, dtype)
-    assert torch.equal(engine.model.lm_head, run.model.lm_head.weight.to(engine.model.lm_head.dtype))
+    assert engine.model.embed.dtype == getattr(torch, dtype)
+    assert torch.equal(engine.model.embed, run.model.model.embed_tokens.weight.to(engine.model.embed.dtype))
     drawn = engine.generate(["a"], SamplingParams(num_images=1, size=(64, 64), seed=0), progress=False)[0]
     assert drawn.images[0].size == (64, 64)
 
@@ -281,7 +300,7 @@ def test_the_config_of_the_checkpoint_names_its_dtype_however_the_source_spells_
     (source / "config.json").write_text(json.dumps({**values, "dtype": "bfloat16"}))
     trainer(model=source, steps=1).run()
     engine = Engine.from_pretrained(tmp_path / "run", device="cpu", num_pages=8)
-    assert engine.model.lm_head.dtype == torch.float32
+    assert engine.model.embed.dtype == torch.float32
 
 
 def test_training_begins_with_the_weights_of_the_checkpoint(trainer, checkpoint):

@@ -1,0 +1,232 @@
+"""How long an image takes: prefill, decoding and the VQGAN, against the floor of the machine and the reference's loop.
+
+    python bench/latency.py                                             # the embedded model, at its own size
+    python bench/latency.py --dummy-weights 7b --layers 8 --size 256x256 --quantization int4 --baseline reference
+    python bench/latency.py --compare before.json after.json
+
+Decoding reads every weight once a step, whatever the number of rows, so the floor of a step is its bytes over the
+memory's bandwidth, or its multiplications over the rate of the processor, whichever is longer. The last line of stdout
+is one JSON object.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import machine
+import torch
+from lumina_rt.kernels.quantization import BITS
+from tqdm import tqdm
+
+from lumina_rt import Engine, ImageRow, SamplingParams, dummy, hub, prompts
+from lumina_rt.vqgan import VQGANConfig
+
+PROMPT = "a red circle left of a blue star"
+SHAPES = {
+    "7b": {
+        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "swin_norm": False,
+    },
+    "34b": {
+        "hidden_size": 8192, "intermediate_size": 22016, "num_hidden_layers": 48, "num_attention_heads": 64,
+        "num_key_value_heads": 8, "swin_norm": True, "model_parallel_size": 8,
+    },
+}  # fmt: skip
+PUBLISHED_VQGAN = VQGANConfig()
+
+
+def checkpoint(args, folder: Path) -> Path:
+    """The folder of the model that is asked for; random weights are written into `folder`."""
+    if args.dummy_weights in (None, "demo"):
+        return hub.find_model(args.model)
+    values = {**dummy.TINY_MODEL, **SHAPES[args.dummy_weights], "torch_dtype": "bfloat16"}
+    values["num_hidden_layers"] = args.layers or values["num_hidden_layers"]
+    targets = sorted({round((width * height) ** 0.5) for width, height in args.size or [(768, 768)]})
+    return dummy.write_checkpoint(
+        folder, values, PUBLISHED_VQGAN, vocab_size=65536, generation={"target_sizes": targets}
+    )
+
+
+def floor_of_step(engine: Engine, floor: machine.Floor, rows: int, n_cached: float) -> float:
+    """Seconds that a step of `rows` single tokens takes at least, each row with `n_cached` tokens before it."""
+    model, shape = engine.model, engine.model.config
+    matrices = [
+        model.image_head,
+        *(m for layer in model.layers for m in (layer.qkv, layer.o, layer.gate_up, layer.down)),
+    ]
+    n_kv = shape.n_layers * rows * n_cached * 2 * shape.kv_heads * shape.head_dim
+    n_bytes = n_kv * engine.cache.k.element_size() + sum(
+        m.panels.numel() + m.scales.numel() * m.scales.element_size() for m in matrices
+    )
+    n_mac = rows * sum(m.panels.numel() * 8 // m.bits for m in matrices)
+    return floor.seconds(n_bytes, n_mac, matrices[-1].bits)
+
+
+def measure(engine: Engine, floor: machine.Floor, size: tuple[int, int], args) -> dict:
+    """Medians over `iters` images, or batches of them."""
+    runs = []
+    for seed in tqdm(range(args.iters + 1), desc="{}x{}".format(*size), leave=False):
+        rows: list[float] = []
+        params = SamplingParams(
+            num_images=1, size=size, n=args.batch_size, guidance_scale=args.guidance_scale, seed=seed
+        )
+        start = time.perf_counter()
+
+        def note(event, start=start, rows=rows):
+            if isinstance(event, ImageRow):
+                rows.append(time.perf_counter() - start)
+
+        text = prompts.text_to_image(PROMPT, *size)
+        (output,) = engine.generate([text], params, progress=False, callback=note)
+        runs.append((time.perf_counter() - start, rows[0], output.timings))
+    runs = runs[1:]  # the first touches memory for the first time
+
+    def median(read):
+        return statistics.median(read(*run) for run in runs)
+
+    timings = runs[0][2]
+    n_rows = args.batch_size * (1 if args.guidance_scale == 1 else 2)
+    ms_per_step = median(lambda total, first, t: 1000 * t.decode_s / t.n_steps)
+    least = floor_of_step(engine, floor, n_rows, timings.n_answer_tokens / args.batch_size / 2)
+    total = median(lambda total, first, t: total)
+    return {
+        "size": "{}x{}".format(*size),
+        "batch_size": args.batch_size,
+        "guidance_scale": args.guidance_scale,
+        "prefill_s": median(lambda total, first, t: t.prefill_s),
+        "decode_s": median(lambda total, first, t: t.decode_s),
+        "vq_s": median(lambda total, first, t: t.vq_s),
+        "first_row_s": median(lambda total, first, t: first),
+        "s_per_image": total / args.batch_size,
+        "n_steps": timings.n_steps,
+        "ms_per_step": ms_per_step,
+        "tokens_per_s": timings.n_answer_tokens / total,
+        "floor_ms_per_step": 1000 * least,
+        "floor_percent": 100_000 * least / ms_per_step,
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
+
+
+def reference(engine: Engine, folder: Path, size: tuple[int, int], args) -> dict:
+    """The reference's loop on the same weights: a whole image where that is short, else some steps of one."""
+    import reference_loop
+
+    model, vocab = reference_loop.load(folder)
+    factor = engine.vqgan.config.factor
+    latents = size[0] // factor, size[1] // factor
+    text = prompts.text_to_image(PROMPT, *size)
+    prompt = [vocab.bos, *engine.tokenizer.encode(text), vocab.end_of_turn]
+    n_tokens = latents[1] * (latents[0] + 1) + 1
+    _, times = reference_loop.decode(
+        model, vocab, prompt, latents, args.guidance_scale, 2000, min(n_tokens, args.baseline_steps)
+    )
+    ms_per_step = 1000 * statistics.median(times[1:])
+    return {
+        "size": "{}x{}".format(*size),
+        "ms_per_step": ms_per_step,
+        "n_steps_timed": len(times),
+        "s_per_image": times[0] + (n_tokens - 1) * ms_per_step / 1000,
+    }
+
+
+def table(results: list[dict]) -> str:
+    columns = {
+        "size": "", "batch_size": "", "prefill_s": ".3f", "first_row_s": ".3f", "decode_s": ".3f", "vq_s": ".3f",
+        "s_per_image": ".3f", "ms_per_step": ".2f", "tokens_per_s": ".1f", "floor_percent": ".1f", "peak_gib": ".2f",
+    }  # fmt: skip
+    lines = ["  ".join(f"{name:>13}" for name in columns)]
+    lines += ["  ".join(f"{format(r[name], spec):>13}" for name, spec in columns.items()) for r in results]
+    return "\n".join(lines)
+
+
+def plot(results: list[dict], path: Path) -> None:
+    """Seconds an image by size, and what they are spent on."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2 + 1.5 * len(results), 4))
+    axis = figure.subplots()
+    below = [0.0] * len(results)
+    for part in ("prefill_s", "decode_s", "vq_s"):
+        values = [result[part] / result["batch_size"] for result in results]
+        axis.bar([result["size"] for result in results], values, bottom=below, label=part.removesuffix("_s"))
+        below = [a + b for a, b in zip(below, values, strict=True)]
+    axis.set_ylabel("seconds an image")
+    axis.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def compare(first: Path, second: Path) -> None:
+    """Print two reports beside each other."""
+    a, b = (json.loads(path.read_text()) for path in (first, second))
+    by_size = {result["size"]: result for result in b["results"]}
+    print(f"{'size':>10}{'what':>16}{first.name:>20}{second.name:>20}{'ratio':>9}")
+    for result in a["results"]:
+        other = by_size.get(result["size"])
+        for name in ("s_per_image", "ms_per_step", "first_row_s", "peak_gib") if other else ():
+            ratio = result[name] / other[name]
+            print(f"{result['size']:>10}{name:>16}{result[name]:20.4f}{other[name]:20.4f}{ratio:8.2f}x")
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, height = text.split("x")
+    return int(width), int(height)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo", help='a folder, a hub id, or "demo" (default: demo)')
+    parser.add_argument("--dummy-weights", choices=[*SHAPES, "demo"], help="random weights of a released shape")
+    parser.add_argument("--layers", type=int, help="of the dummy weights (default: all)")
+    parser.add_argument("--size", type=_size, nargs="+", metavar="WxH", help="default: the model's own")
+    parser.add_argument("--batch-size", type=int, default=1, help="images at once (default: 1)")
+    parser.add_argument("--guidance-scale", type=float, default=4.0)
+    parser.add_argument("--quantization", choices=BITS)
+    parser.add_argument("--device", choices=["cpu"], default="cpu")
+    parser.add_argument("--iters", type=int, default=3, help="images, or batches, after one to warm up (default: 3)")
+    parser.add_argument("--baseline", choices=["reference"])
+    parser.add_argument("--baseline-steps", type=int, default=200, help="steps of the baseline at most (default: 200)")
+    parser.add_argument("--output-json", type=Path)
+    parser.add_argument("--plot", type=Path, metavar="PNG")
+    parser.add_argument("--compare", type=Path, nargs=2, metavar="JSON")
+    args = parser.parse_args()
+    if args.compare:
+        return compare(*args.compare)
+
+    env, floor = machine.environment(), machine.measure()
+    print(machine.card(env, floor))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = checkpoint(args, Path(temporary))
+        start = time.perf_counter()
+        engine = Engine.from_pretrained(folder, device=args.device, quantization=args.quantization)
+        load_s = time.perf_counter() - start
+        sizes = args.size or [engine.default_size]
+        results = [measure(engine, floor, size, args) for size in sizes]
+        print(f"{'load':16} {load_s:.2f} s\n\n{table(results)}")
+        config = {
+            "model": args.dummy_weights or args.model, "layers": engine.model.config.n_layers,
+            "dtype": str(engine.model.embed.dtype).removeprefix("torch."), "quantization": args.quantization,
+            "load_s": load_s,
+        }  # fmt: skip
+        report = {"env": env, "config": config, "floor": asdict(floor), "results": results}
+        if args.baseline:
+            report["baseline"] = reference(engine, folder, sizes[0], args)
+            report["speedup"] = report["baseline"]["s_per_image"] / results[0]["s_per_image"]
+            print(
+                f"\nreference loop: {report['baseline']['ms_per_step']:.2f} ms a step, "
+                f"{report['baseline']['s_per_image']:.2f} s an image; {report['speedup']:.1f}x"
+            )
+    if args.plot:
+        plot(results, args.plot)
+    if args.output_json:
+        args.output_json.write_text(json.dumps(report) + "\n")
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    main()

@@ -1,0 +1,8 @@
+#include "std.h"
+
+#ifdef LUMINA_X86
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,prefer-vector-width=512")
+#define LUMINA_ISA avx512
+#define LUMINA_AVX512
+#include "all_ops.h"
+#endif

@@ -1,0 +1,102 @@
+"""The op list in C++ (csrc/), with the signatures of `reference`. Contracts are told there; all checks are in C++.
+
+Every op raises ValueError for tensors that are not on the CPU, not contiguous, or of another dtype or shape.
+Results are batch-invariant: a row's are the same bits whatever else is in the step.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from lumina_rt.kernels import Controls, NoiseKeys
+from lumina_rt.kernels.quantization import QuantizedWeight
+from torch import Tensor, get_num_threads
+
+from lumina_rt import _C
+
+LANES = 16  # outputs of a panel
+
+
+class PackedWeight(NamedTuple):
+    """A weight matrix in the order in which `linear` reads it, see csrc/linear.h.
+
+    panels: uint8 [panels, vectors, 64].  scales: bfloat16 [panels, groups, LANES].
+    """
+
+    panels: Tensor
+    scales: Tensor
+    bits: int
+    outputs: int
+
+
+def pack(weight: Tensor | QuantizedWeight) -> PackedWeight:
+    """Put a weight matrix, float32, bfloat16 or quantized, into the order that `linear` wants."""
+    if isinstance(weight, QuantizedWeight):
+        (values, scales), bits = weight, weight.bits
+    else:
+        values, scales, bits = weight, weight.new_empty(len(weight), 0, dtype=torch.bfloat16), 8 * weight.itemsize
+    words = F.pad(values, (0, values.shape[1] * values.itemsize % 4 // values.itemsize)).view(torch.int32)
+    return PackedWeight(_panels(words).view(torch.uint8), _panels(scales), bits, len(values))
+
+
+def _panels(matrix: Tensor) -> Tensor:
+    """[outputs, n] -> [panels, n, LANES], with zeros up to an even number of panels."""
+    padded = F.pad(matrix, (0, 0, 0, -len(matrix) % (2 * LANES)))
+    return padded.view(len(padded) // LANES, LANES, matrix.shape[1]).transpose(1, 2).contiguous()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    out = torch.empty_like(x)
+    _C.rms_norm(x, weight, eps, out, get_num_threads())
+    return out
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    out, total = torch.empty_like(x), torch.empty_like(x)
+    _C.add_rms_norm(x, residual, weight, eps, out, total, get_num_threads())
+    return out, total
+
+
+def qk_norm_rope(
+    qkv: Tensor,
+    q_norm: tuple[Tensor, Tensor],
+    k_norm: tuple[Tensor, Tensor],
+    rope: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+) -> Tensor:
+    kv_heads, head_dim = k_pages.shape[2:]
+    q = qkv.new_empty(len(qkv), qkv.shape[1] // head_dim - 2 * kv_heads, head_dim)
+    _C.qk_norm_rope(qkv, (*q_norm, *k_norm), rope, positions, slots, k_pages, v_pages, q, get_num_threads())
+    return q
+
+
+def paged_attention(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_tables: Tensor, cu_seqlens: Tensor, seq_lens: Tensor
+) -> Tensor:
+    out = q.new_empty(len(q), q[0].numel())
+    _C.paged_attention(q, k_pages, v_pages, block_tables, cu_seqlens, seq_lens, out, get_num_threads())
+    return out
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+    _C.silu_mul(gate_up, out, get_num_threads())
+    return out
+
+
+def linear(x: Tensor, weight: PackedWeight) -> Tensor:
+    """Multiply by a weight matrix that `pack` has made. Quantized weights round `x` to int8, by groups of 64."""
+    out = x.new_empty(len(x), weight.outputs)
+    _C.linear(x, weight.panels, weight.scales, weight.bits, out, get_num_threads())
+    return out
+
+
+def guided_sample(
+    logits: Tensor, cond: Tensor, uncond: Tensor, token_ids: Tensor, controls: Controls, keys: NoiseKeys
+) -> Tensor:
+    out = torch.empty_like(cond)
+    _C.guided_sample(logits, cond, uncond, token_ids, tuple(controls), tuple(keys), out, get_num_threads())
+    return out

@@ -1,0 +1,64 @@
+"""Weights in int8 and int4: symmetric, with one bf16 scale for each 64 inputs of an output."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+GROUP = 64  # inputs that share a scale
+BITS = {"int8": 8, "int4": 4}
+# Clipping a group's largest weights makes the steps for all others finer; the best of these is taken for each group.
+INT4_SHRINKS = (1.0, 0.92, 0.84, 0.76)
+
+
+class QuantizedWeight(NamedTuple):
+    """A matrix [outputs, inputs]; a weight is (value - zero point) times the scale of its group.
+
+    values: uint8 [outputs, inputs] with the zero point 128, or uint8 [outputs, inputs / 2] with 8: of eight inputs,
+    byte j holds input j in its low bits and input j + 4 in its high ones.  scales: bfloat16 [outputs, inputs / GROUP].
+    """
+
+    values: Tensor
+    scales: Tensor
+
+    @property
+    def bits(self) -> int:
+        return 8 * self.values.shape[1] // (GROUP * self.scales.shape[1])
+
+
+def quantize(weight: Tensor, bits: int) -> QuantizedWeight:
+    """Round a matrix to int8 or int4.
+
+    weight: [outputs, inputs], a float dtype.  bits: 8 or 4.  Raises ValueError where inputs are no multiple of GROUP.
+    """
+    outputs, inputs = weight.shape
+    if inputs % GROUP:
+        raise ValueError(f"a weight has {inputs} inputs; quantizing expects a multiple of {GROUP}")
+    groups = weight.float().view(outputs, -1, GROUP)
+    if bits == 8:
+        scales = (groups.abs().amax(-1) / 127).bfloat16()
+        return QuantizedWeight((_steps(groups, scales, 127) + 128).to(torch.uint8).view(outputs, inputs), scales)
+    # The largest weight of a group, whatever its sign, falls on -8, which has no counterpart of the other sign.
+    largest = -groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    scales, least = torch.empty_like(largest, dtype=torch.bfloat16), torch.full_like(largest, float("inf"))
+    for shrink in INT4_SHRINKS:
+        tried = (largest * (shrink / 8)).bfloat16()
+        error = (_steps(groups, tried, 7) * tried.float()[..., None] - groups).square_().sum(-1)
+        scales, least = torch.where(error < least, tried, scales), torch.minimum(error, least)
+    fours = (_steps(groups, scales, 7) + 8).to(torch.uint8).view(outputs, -1, 2, 4)
+    return QuantizedWeight((fours[:, :, 0] | fours[:, :, 1] << 4).flatten(1), scales)
+
+
+def dequantize(weight: QuantizedWeight) -> Tensor:
+    """The weights as float32 [outputs, inputs]; exact."""
+    values, zero = weight.values, 128
+    if weight.bits == 4:
+        fours = values.unflatten(1, (-1, 1, 4))
+        values, zero = torch.cat((fours & 15, fours >> 4), dim=2).flatten(1), 8
+    return ((values.float() - zero).unflatten(1, (-1, GROUP)) * weight.scales.float()[..., None]).flatten(1)
+
+
+def _steps(groups: Tensor, scales: Tensor, highest: int) -> Tensor:
+    """The whole steps nearest to each weight: up to `highest`, down to -127 in int8 and -8 in int4."""
+    scales = scales.float()[..., None]
+    return torch.where(scales == 0, 0.0, groups / scales).round_().clamp_(-127 if highest == 127 else -8, highest)

@@ -1,0 +1,343 @@
+"""The C++ ops against the reference, on every instruction set: parity, batch invariance, refusal of what is wrong."""
+
+import inspect
+import math
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lumina_rt.kernels import Controls, NoiseKeys, cpu, reference
+from lumina_rt.kernels.quantization import GROUP, QuantizedWeight, dequantize, quantize
+
+from lumina_rt import _C, kernels
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"], autouse=True)
+def isa(request):
+    before = _C.isa()
+    try:
+        _C.use_isa(request.param)
+    except ValueError:
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    _C.use_isa(before)
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def double(value):
+    if isinstance(value, torch.Tensor):
+        return value.double() if value.is_floating_point() else value
+    return type(value)(map(double, value)) if isinstance(value, tuple) else value
+
+
+def assert_parity(op, *args, dtype):
+    """The rule: no farther from the exact result than twice what torch is in this dtype, plus its epsilon."""
+    ours, theirs = getattr(cpu, op)(*args), getattr(reference, op)(*args)
+    exact = getattr(reference, op)(*map(double, args))
+    for out, torch_out, truth in zip(
+        *((x if isinstance(x, tuple) else (x,)) for x in (ours, theirs, exact)), strict=True
+    ):
+        assert_close(out, torch_out, truth, dtype)
+
+
+def assert_close(out, torch_out, truth, dtype):
+    assert out.dtype == dtype
+    assert out.shape == truth.shape
+    scale = truth.abs().max()
+    error, allowed = (out - truth).abs().max() / scale, 2 * (torch_out - truth).abs().max() / scale
+    assert error <= allowed + torch.finfo(dtype).eps, (float(error), float(allowed))
+
+
+def test_every_op_has_the_signature_of_the_reference():
+    for name in (*kernels.OPS, "pack"):
+        ours, theirs = (inspect.signature(getattr(module, name)) for module in (cpu, reference))
+        assert list(ours.parameters) == list(theirs.parameters), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "hidden"), [(2, 4096), (1, 192), (3, 15), (5, 17), (1, 1)])
+def test_norms_and_silu_match_the_reference(dtype, n, hidden):
+    x, residual, weight = (randn(n, hidden, seed=i, dtype=dtype) for i in range(3))
+    assert_parity("rms_norm", x, weight[0], 1e-5, dtype=dtype)
+    assert_parity("add_rms_norm", x, residual, weight[0], 1e-5, dtype=dtype)
+    assert_parity("silu_mul", 3 * randn(n, 2 * hidden, dtype=dtype), dtype=dtype)
+
+
+def test_silu_is_right_where_exp_leaves_the_range_of_floats():
+    gate = torch.tensor([[-1e30, -200.0, -88.5, -87.0, 0.0, 87.0, 88.5, 200.0, math.inf, math.nan]])
+    gate_up = torch.cat((gate, torch.ones_like(gate)), dim=1)
+    torch.testing.assert_close(
+        cpu.silu_mul(gate_up), reference.silu_mul(gate_up), rtol=1e-6, atol=1e-35, equal_nan=True
+    )
+
+
+def attention_inputs(dtype, heads, kv_heads, head_dim, page_size, rows):
+    """rows: pairs (tokens cached, queries)."""
+    n_blocks = [-(-length // page_size) for length, _ in rows]
+    pages = sum(n_blocks) + 1
+    order = torch.randperm(pages, generator=torch.Generator().manual_seed(1)).int()
+    tables, used = torch.zeros(len(rows), max(n_blocks), dtype=torch.int32), 0
+    for row, n in enumerate(n_blocks):
+        tables[row, :n] = order[used : used + n]
+        used += n
+    cu_seqlens = torch.tensor([0, *(n for _, n in rows)]).cumsum(0).int()
+    seq_lens = torch.tensor([length for length, _ in rows], dtype=torch.int32)
+    k_pages, v_pages = (randn(pages, page_size, kv_heads, head_dim, seed=i, dtype=dtype) for i in (2, 3))
+    return randn(int(cu_seqlens[-1]), heads, head_dim, dtype=dtype), k_pages, v_pages, tables, cu_seqlens, seq_lens
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "page_size", "rows"),
+    [
+        (4, 4, 128, 256, [(700, 1), (513, 1)]),
+        (6, 6, 32, 16, [(40, 17), (1, 1), (129, 2), (128, 1)]),
+        (8, 1, 40, 32, [(300, 3), (5, 5)]),
+        (64, 8, 128, 16, [(130, 2)]),
+        (2, 2, 18, 16, [(257, 64)]),
+    ],
+)
+def test_attention_matches_the_reference(dtype, heads, kv_heads, head_dim, page_size, rows):
+    args = attention_inputs(dtype, heads, kv_heads, head_dim, page_size, rows)
+    assert_parity("paged_attention", *args, dtype=dtype)
+
+
+def test_attention_does_not_look_at_what_lies_beyond_a_row():
+    q, k_pages, v_pages, *rest = attention_inputs(torch.float32, 4, 2, 32, 16, [(20, 3), (33, 1)])
+    expected = cpu.paged_attention(q, k_pages, v_pages, *rest)
+    tables, lengths = rest[0], rest[2]
+    written = torch.zeros(k_pages.shape[:2], dtype=torch.bool)
+    for table, length in zip(tables.tolist(), lengths.tolist(), strict=True):
+        for key in range(length):
+            written[table[key // 16], key % 16] = True
+    k_pages[~written] = v_pages[~written] = math.nan
+    assert torch.equal(cpu.paged_attention(q, k_pages, v_pages, *rest), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("n", "heads", "kv_heads", "head_dim", "mp"),
+    [(2, 32, 32, 128, (1, 1)), (5, 6, 2, 40, (3, 2)), (1, 4, 4, 18, (4, 4)), (3, 8, 1, 256, (4, 1))],
+)
+def test_qk_norm_rope_matches_the_reference_and_writes_only_its_slots(dtype, n, heads, kv_heads, head_dim, mp):
+    qkv = randn(n, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
+    norms = [(randn(rows, head_dim, seed=rows, dtype=dtype), randn(rows, head_dim, seed=9, dtype=dtype)) for rows in mp]
+    rope = randn(50, head_dim, seed=5).cos().to(dtype)
+    positions, slots = torch.randint(50, (n,)), torch.randperm(3 * 16)[:n]
+    results = []
+    for ops, widen in ((cpu, lambda x: x), (reference, lambda x: x), (reference, double)):
+        pages = [widen(torch.full((3, 16, kv_heads, head_dim), 7.0, dtype=dtype)) for _ in range(2)]
+        q = ops.qk_norm_rope(widen(qkv), *map(widen, norms), widen(rope), positions, slots, *pages)
+        results.append((q, *pages))
+    for out, torch_out, truth in zip(*results, strict=True):
+        assert_close(out, torch_out, truth, dtype)
+    assert torch.equal(results[0][2], results[1][2])  # values are copies
+    assert torch.equal(results[0][1] == 7, results[1][1] == 7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("n", "inputs", "outputs"),
+    [(1, 192, 576), (2, 4096, 50), (13, 129, 33), (64, 300, 31), (65, 64, 16), (150, 513, 65), (3, 1, 1)],
+)
+def test_linear_matches_the_reference(dtype, n, inputs, outputs):
+    x, weight = randn(n, inputs, dtype=dtype), randn(outputs, inputs, seed=1, dtype=dtype)
+    ours, theirs = cpu.linear(x, cpu.pack(weight)), reference.linear(x, weight)
+    assert_close(ours, theirs, x.double() @ weight.double().T, dtype)
+
+
+def rounded_inputs(x):
+    """What `linear` makes of activations: int8, a scale a group."""
+    groups = x.float().unflatten(-1, (-1, GROUP))
+    scales = groups.abs().amax(-1, keepdim=True) / 127
+    return (torch.where(scales > 0, groups * (1 / scales), 0).round() * scales).flatten(-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("n", "inputs", "outputs"), [(1, 192, 576), (2, 4096, 50), (13, 128, 33), (150, 576, 65)])
+def test_quantized_linear_is_the_product_of_the_rounded_activations(dtype, bits, n, inputs, outputs):
+    x, weight = randn(n, inputs, dtype=dtype), quantize(randn(outputs, inputs, seed=1), bits)
+    x[0, :GROUP] = 0  # a group without a scale
+    ours = cpu.linear(x, cpu.pack(weight))
+    exact = rounded_inputs(x).double() @ dequantize(weight).double().T
+    as_torch = (rounded_inputs(x) @ dequantize(weight).T).to(dtype)
+    assert_close(ours, as_torch, exact, dtype)
+    # And rounding activations costs little: half a step of 254 in each input, at most.
+    unrounded = x.double() @ dequantize(weight).double().T
+    assert (ours - unrounded).norm() / unrounded.norm() < 0.01
+
+
+def test_quantized_linear_is_exact_at_the_ends_of_the_range():
+    x = torch.full((1, GROUP), 127.0)
+    for value in (127, -127):
+        weight = QuantizedWeight(torch.full((32, GROUP), 128 + value, dtype=torch.uint8), torch.ones(32, 1).bfloat16())
+        assert (cpu.linear(x, cpu.pack(weight)) == 127 * value * GROUP).all()
+    for nibble in (0, 15):
+        weight = QuantizedWeight(
+            torch.full((32, GROUP // 2), nibble * 17, dtype=torch.uint8), torch.ones(32, 1).bfloat16()
+        )
+        assert (cpu.linear(-x, cpu.pack(weight)) == -127 * (nibble - 8) * GROUP).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_activations_that_are_not_finite_stay_so_when_they_are_quantized(bad, bits):
+    x, weight = randn(2, 128), cpu.pack(quantize(randn(32, 128, seed=1), bits))
+    x[1, 100] = bad
+    out = cpu.linear(x, weight)
+    assert out[0].isfinite().all()
+    assert not out[1].isfinite().any()
+
+
+def weights_of(format, outputs=70, inputs=192):
+    weight = randn(outputs, inputs, seed=4)
+    return cpu.pack(quantize(weight, format) if isinstance(format, int) else weight.to(format))
+
+
+@pytest.mark.parametrize("format", [torch.float32, torch.bfloat16, 8, 4])
+@pytest.mark.parametrize("n", [1, 2, 7, 16, 64, 65, 200])
+def test_a_row_of_linear_is_the_same_bits_in_any_batch(format, n):
+    x = randn(n, 192, dtype=torch.bfloat16 if format == torch.bfloat16 else torch.float32)
+    weight = weights_of(format)
+    together = cpu.linear(x, weight)
+    for row in {0, n // 2, n - 1}:
+        assert torch.equal(cpu.linear(x[row : row + 1], weight)[0], together[row])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_last_of_a_window_attends_with_the_same_bits_as_alone(dtype):
+    rows = [(300, 16), (131, 1), (17, 17), (260, 5)]
+    q, k_pages, v_pages, tables, cu_seqlens, seq_lens = attention_inputs(dtype, 6, 3, 40, 16, rows)
+    together = cpu.paged_attention(q, k_pages, v_pages, tables, cu_seqlens, seq_lens)
+    for row, (length, n) in enumerate(rows):
+        for back in range(n):  # every query of the window as the only one of its row
+            line = int(cu_seqlens[row + 1]) - 1 - back
+            alone = cpu.paged_attention(
+                q[line : line + 1], k_pages, v_pages, tables[row : row + 1], torch.tensor([0, 1], dtype=torch.int32),
+                torch.tensor([length - back], dtype=torch.int32),
+            )  # fmt: skip
+            assert torch.equal(alone[0], together[line])
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    x, weight = randn(33, 192), weights_of(4)
+    attention = attention_inputs(torch.float32, 6, 6, 32, 16, [(300, 9), (200, 1)])
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            found.append((cpu.linear(x, weight), cpu.paged_attention(*attention)))
+    finally:
+        torch.set_num_threads(threads)
+    for linear, attended in found[1:]:
+        assert torch.equal(linear, found[0][0])
+        assert torch.equal(attended, found[0][1])
+
+
+def draw_inputs(m, columns, seed, dtype=torch.float32, **chosen):
+    values = {"guidance": 3.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | chosen
+    controls = [
+        torch.full((m,), values[name], dtype=torch.int64 if name == "top_k" else torch.float32)
+        for name in Controls._fields
+    ]
+    keys = NoiseKeys(torch.arange(m) * (2**33 + 1) + seed, torch.arange(m) % 3, torch.arange(m) + 2**20)
+    logits = 3 * randn(2 * m, columns, seed=seed, dtype=dtype)
+    return logits, torch.arange(m), torch.arange(m) + m, torch.arange(columns) * 3 + 4, Controls(*controls), keys
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    columns=st.sampled_from([1, 15, 16, 17, 300, 1189]),
+    guidance=st.sampled_from([0.0, 1.0, 4.0]),
+    temperature=st.sampled_from([0.0, 0.5, 1.0, 2.0]),
+    top_k=st.sampled_from([0, 1, 3, 100, 5000]),
+    top_p=st.sampled_from([0.1, 0.713, 0.95, 1.0]),
+    min_p=st.sampled_from([0.0, 0.03, 0.5]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**40),
+)
+def test_draws_are_those_of_the_reference(columns, dtype, seed, **chosen):
+    args = draw_inputs(16, columns, seed, dtype, **chosen)
+    assert torch.equal(cpu.guided_sample(*args), reference.guided_sample(*args))
+
+
+def test_ties_at_the_border_and_masked_logits_are_drawn_as_by_the_reference():
+    logits = torch.tensor([[3.0, 1.0, 1.0, 1.0, 0.0, -math.inf]]).expand(512, -1).contiguous()
+    for chosen in ({"top_k": 2}, {"top_k": 2, "top_p": 0.95}, {"top_p": 0.5}, {"top_k": 3, "min_p": 0.1}, {}):
+        _, cond, _, ids, controls, keys = draw_inputs(512, 6, 3, **chosen)
+        args = logits, cond, cond, ids, controls, keys
+        ours = cpu.guided_sample(*args)
+        assert torch.equal(ours, reference.guided_sample(*args)), chosen
+        assert len(set(ours.tolist())) > 1 or chosen == {"top_p": 0.5}
+
+
+@pytest.mark.parametrize("columns", [3, 40])
+def test_logits_that_are_not_finite_give_minus_one(columns):
+    logits = randn(4, columns)
+    logits[0, 1], logits[1, -1], logits[3] = math.nan, math.inf, -math.inf
+    each = torch.arange(4)
+    _, _, _, ids, controls, keys = draw_inputs(4, columns, 1)
+    for temperature in (0.0, 1.0):
+        chosen = controls._replace(temperature=torch.full((4,), temperature))
+        assert (cpu.guided_sample(logits, each, each, ids, chosen, keys) == -1).tolist() == [True, True, False, True]
+
+
+def test_wrong_tensors_are_refused_by_name():
+    x, weight = randn(2, 64), randn(64)
+    with pytest.raises(ValueError, match=r"weight is float32 \[64\]; expected contiguous float32 \[32\]"):
+        cpu.rms_norm(x[:, :32].contiguous(), weight, 1e-5)
+    with pytest.raises(ValueError, match=r"x is float32 \[2, 32\], not contiguous"):
+        cpu.rms_norm(x[:, ::2], weight[:32], 1e-5)
+    with pytest.raises(ValueError, match="weight is bfloat16"):
+        cpu.rms_norm(x, weight.bfloat16(), 1e-5)
+    with pytest.raises(ValueError, match="x is a dtype that no op takes; expected float32 or bfloat16"):
+        cpu.rms_norm(x.double(), weight.double(), 1e-5)
+    with pytest.raises(ValueError, match="expected one on the CPU"):
+        cpu.rms_norm(x.to("meta"), weight.to("meta"), 1e-5)
+    with pytest.raises(ValueError, match="odd number of columns"):
+        cpu.silu_mul(x[:, :63].contiguous())
+    with pytest.raises(ValueError, match="another number of inputs"):
+        cpu.linear(x, cpu.pack(randn(8, 65)))
+    with pytest.raises(ValueError, match="bits of weights"):
+        cpu.linear(x.bfloat16(), cpu.pack(randn(8, 64)))
+    with pytest.raises(ValueError, match="multiple of 64"):
+        quantize(randn(4, 96), 8)
+
+
+def test_indices_beyond_their_tensors_are_refused():
+    args = attention_inputs(torch.float32, 4, 2, 32, 16, [(20, 3), (33, 1)])
+    changes = {
+        3: (lambda t: t.index_fill(1, torch.tensor([1]), 99), "block_tables holds 99"),
+        4: (lambda t: t + torch.tensor([0, 0, 1]).int(), "cu_seqlens does not span"),
+        5: (lambda t: t * 0 + 100, "longer than its block table"),
+    }
+    for place, (change, message) in changes.items():
+        wrong = [change(arg) if i == place else arg for i, arg in enumerate(args)]
+        with pytest.raises(ValueError, match=message):
+            cpu.paged_attention(*wrong)
+    norm = (torch.ones(1, 32), torch.zeros(1, 32))
+    for positions, slots, message in (([5], [0], "positions holds 5"), ([0], [-1], "slots holds -1")):
+        with pytest.raises(ValueError, match=message):
+            cpu.qk_norm_rope(
+                randn(1, 8 * 32), norm, norm, randn(5, 32), torch.tensor(positions), torch.tensor(slots), *args[1:3]
+            )
+    logits, cond, uncond, *rest = draw_inputs(3, 20, 0)
+    with pytest.raises(ValueError, match="uncond holds 6; expected 0 to 5"):
+        cpu.guided_sample(logits, cond, uncond + 1, *rest)
+
+
+def test_nothing_spins_after_a_step():
+    cpu.linear(randn(64, 1024), cpu.pack(randn(1024, 1024)))
+    time.sleep(0.1)
+    before = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - before < 0.03
