@@ -11,7 +11,7 @@ else
 TORCH := torch==2.13.0
 endif
 
-.PHONY: demo test lint clean
+.PHONY: demo test sanitize lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/lumina-rt generate "a red circle left of a blue star" --output demo.png --force
@@ -20,6 +20,14 @@ test: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pytest -q
+
+# The op tests on a build of csrc/ that watches every access and every undefined operation.
+sanitize: $(VENV)/.installed-test
+	rm -rf build/sanitize
+	CFLAGS="-g1 -fsanitize=address,undefined -fno-sanitize-recover=all" LDFLAGS="-fsanitize=address,undefined" \
+		$(BIN)/pip install -q --no-deps --target build/sanitize .
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		PYTHONPATH=build/sanitize $(BIN)/pytest -q tests/test_cpu.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .

@@ -54,13 +54,12 @@ def checkpoint(args, folder: Path) -> Path:
 
 def floor_of_step(engine: Engine, floor: machine.Floor, rows: int, n_cached: float) -> float:
     """Seconds that a step of `rows` single tokens takes at least, each row with `n_cached` tokens before it."""
-    model, shape = engine.model, engine.model.config
+    model = engine.model
     matrices = [
         model.image_head,
         *(m for layer in model.layers for m in (layer.qkv, layer.o, layer.gate_up, layer.down)),
     ]
-    n_kv = shape.n_layers * rows * n_cached * 2 * shape.kv_heads * shape.head_dim
-    n_bytes = n_kv * engine.cache.k.element_size() + sum(
+    n_bytes = rows * n_cached * engine.kv_bytes_a_token + sum(
         m.panels.numel() + m.scales.numel() * m.scales.element_size() for m in matrices
     )
     n_mac = rows * sum(m.panels.numel() * 8 // m.bits for m in matrices)

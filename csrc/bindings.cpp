@@ -106,12 +106,12 @@ PYBIND11_MODULE(_C, m) {
         ops->add_rms_norm(x, residual, weight, eps, out, sums, threads);
     }, unlocked);
     m.def("qk_norm_rope", [](Tensor qkv, std::array<Tensor, 4> norms, Tensor rope, Tensor positions, Tensor slots,
-                             Tensor k_pages, Tensor v_pages, Tensor q, int threads) {
-        ops->qk_norm_rope(qkv, norms.data(), rope, positions, slots, k_pages, v_pages, q, threads);
+                             std::array<Tensor, 4> pages, Tensor q, int threads) {
+        ops->qk_norm_rope(qkv, norms.data(), rope, positions, slots, pages.data(), q, threads);
     }, unlocked);
-    m.def("paged_attention", [](Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_tables, Tensor cu_seqlens,
+    m.def("paged_attention", [](Tensor q, std::array<Tensor, 4> pages, Tensor block_tables, Tensor cu_seqlens,
                                 Tensor seq_lens, Tensor out, int threads) {
-        ops->paged_attention(q, k_pages, v_pages, block_tables, cu_seqlens, seq_lens, out, threads);
+        ops->paged_attention(q, pages.data(), block_tables, cu_seqlens, seq_lens, out, threads);
     }, unlocked);
     m.def("silu_mul", [](Tensor gate_up, Tensor out, int threads) { ops->silu_mul(gate_up, out, threads); }, unlocked);
     m.def("linear", [](Tensor x, Tensor panels, Tensor scales, int bits, Tensor out, int threads) {

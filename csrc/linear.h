@@ -31,7 +31,6 @@ constexpr int TILE_ROWS = 2, WIDE_ROWS = 1;
 #endif
 
 typedef int16_t leaf_i16 __attribute__((vector_size(4 * LEAF)));
-typedef int8_t leaf_i8 __attribute__((vector_size(LEAF)));
 
 // Formats. Weights: what one vector holds, taken apart.  Input: how the activations of a step are kept.
 

@@ -1,5 +1,8 @@
 // The op list, once for each instruction set. Contracts are those of kernels/reference.py; outputs come last, as tensors
 // to write. Every op throws std::invalid_argument for tensors that do not fit, before it touches memory.
+//
+// norms: weight and bias of q, weight and bias of k.  pages: keys, their scales, values, their scales; scales are of
+// one dimension and empty where keys and values have the dtype of the model, else those are int8.
 #pragma once
 
 #include "tensor.h"
@@ -12,10 +15,9 @@ struct Ops {
     void (*add_rms_norm)(const Tensor& x, const Tensor& residual, const Tensor& weight, float eps, const Tensor& out,
                          const Tensor& sums, int threads);
     void (*qk_norm_rope)(const Tensor& qkv, const Tensor* norms, const Tensor& rope, const Tensor& positions,
-                         const Tensor& slots, const Tensor& k_pages, const Tensor& v_pages, const Tensor& q,
-                         int threads);
-    void (*paged_attention)(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, const Tensor& block_tables,
-                            const Tensor& cu_seqlens, const Tensor& seq_lens, const Tensor& out, int threads);
+                         const Tensor& slots, const Tensor* pages, const Tensor& q, int threads);
+    void (*paged_attention)(const Tensor& q, const Tensor* pages, const Tensor& block_tables, const Tensor& cu_seqlens,
+                            const Tensor& seq_lens, const Tensor& out, int threads);
     void (*silu_mul)(const Tensor& gate_up, const Tensor& out, int threads);
     void (*linear)(const Tensor& x, const Tensor& panels, const Tensor& scales, int bits, const Tensor& out,
                    int threads);

@@ -19,21 +19,30 @@ struct Lines {
     int64_t ends[LINES];
 };
 
-template <class T>
+// K: what keys and values are kept in.
+template <class K>
 struct Pages {
-    const T *k, *v;
+    const K *k, *v;
+    const float *k_scales, *v_scales;  // of each head of each token, where K is int8
     int64_t page_size, kv_heads, head_dim;
     const int32_t* table;  // of the row
 
-    // Where the keys `begin` to `end` of a head lie, and their values.
-    void find(int64_t head, int64_t begin, int64_t end, int64_t* places) const {
+    // Where the keys `begin` to `end` of a head lie, and their values; and their scales.
+    void find(int64_t head, int64_t begin, int64_t end, int64_t* places, float (*scales)[KEYS]) const {
         int64_t page = begin / page_size, offset = begin % page_size;
-        for (int64_t key = begin; key < end; ++key) {
-            *places++ = ((table[page] * page_size + offset) * kv_heads + head) * head_dim;
+        for (int64_t j = 0; j < end - begin; ++j) {
+            int64_t place = (table[page] * page_size + offset) * kv_heads + head;
+            places[j] = place * head_dim;
+            if constexpr (std::is_same_v<K, int8_t>) scales[0][j] = k_scales[place], scales[1][j] = v_scales[place];
             if (++offset == page_size) offset = 0, ++page;
         }
     }
 };
+
+// Multiply the first n values by others; both have room for whole vectors.
+inline void scale_by(float* values, const float* scales, int64_t n) {
+    for (int64_t j = 0; j < n; j += LANES) store(values + j, load(values + j) * load(scales + j));
+}
 
 // Products of N queries with WIDE keys: enough sums at a time to hide how long an fma takes.
 template <int N, int WIDE, class T>
@@ -53,7 +62,7 @@ inline void dot_keys(const T* k, const int64_t* places, const float (*q)[MAX_HEA
         for (int w = 0; w < WIDE; ++w) scores[n][w] = sum(dots[n][w]);
 }
 
-// Sums of the values of some keys by N lines of weights, for WIDE vectors of a head from `i` on.
+// Sums of the values of some keys by N lines of weights, for WIDE vectors of a head from `i` on; one may be cut short.
 template <int N, int WIDE, class T>
 inline void sum_values(const T* v, const int64_t* places, int64_t keys, const float (*weights)[KEYS], int64_t i,
                        int64_t head_dim, float (*out)[MAX_HEAD_DIM + LANES]) {
@@ -61,7 +70,8 @@ inline void sum_values(const T* v, const int64_t* places, int64_t keys, const fl
     for (int64_t j = 0; j < keys; ++j)
         LUMINA_UNROLL
         for (int w = 0; w < WIDE; ++w) {
-            f32 value = load(v + places[j] + i + w * LANES, head_dim - i - w * LANES);
+            const T* at = v + places[j] + i + w * LANES;
+            f32 value = WIDE > 1 ? load(at) : load(at, head_dim - i);
             LUMINA_UNROLL
             for (int n = 0; n < N; ++n) sums[n][w] = fma(all(weights[n][j]), value, sums[n][w]);
         }
@@ -71,13 +81,14 @@ inline void sum_values(const T* v, const int64_t* places, int64_t keys, const fl
         for (int w = 0; w < WIDE; ++w) store(out[n] + i + w * LANES, sums[n][w]);
 }
 
-template <class T, int N>
-static void attend_chunk(const Pages<T>& pages, int64_t kv_head, const float (*q)[MAX_HEAD_DIM + LANES],
+template <class K, int N>
+static void attend_chunk(const Pages<K>& pages, int64_t kv_head, const float (*q)[MAX_HEAD_DIM + LANES],
                          const int64_t* ends, int64_t begin, int64_t end, Softmax* out) {
     constexpr int WIDE = LINES / N;
     int64_t head_dim = pages.head_dim, keys = end - begin, places[KEYS];
-    alignas(64) float scores[N][KEYS], sums[N][MAX_HEAD_DIM + LANES];
-    pages.find(kv_head, begin, end, places);
+    constexpr bool scaled = std::is_same_v<K, int8_t>;
+    alignas(64) float scores[N][KEYS], sums[N][MAX_HEAD_DIM + LANES], scales[2][scaled ? KEYS : 1] = {};
+    pages.find(kv_head, begin, end, places, reinterpret_cast<float(*)[KEYS]>(scales));
     int64_t j = 0;
     auto row = [&](int64_t key) { return reinterpret_cast<float(*)[KEYS]>(&scores[0][key]); };
     for (; j + WIDE <= keys; j += WIDE) dot_keys<N, WIDE>(pages.k, places + j, q, head_dim, row(j));
@@ -88,6 +99,7 @@ static void attend_chunk(const Pages<T>& pages, int64_t kv_head, const float (*q
     LUMINA_UNROLL
     for (int n = 0; n < N; ++n) {
         int64_t seen = std::clamp<int64_t>(ends[n] - begin, 0, keys);
+        if (scaled) scale_by(scores[n], scales[0], seen);
         std::fill(scores[n] + seen, scores[n] + padded, -INFINITY);
         f32 top = all(-INFINITY), total = all(0);
         for (j = 0; j < padded; j += LANES) top = max(load(scores[n] + j), top);
@@ -98,6 +110,7 @@ static void attend_chunk(const Pages<T>& pages, int64_t kv_head, const float (*q
             total = total + weight;
         }
         totals[n] = sum(total);
+        if (scaled) scale_by(scores[n], scales[1], seen);
     }
 
     int64_t i = 0;
@@ -121,8 +134,8 @@ static void attend_chunk(const Pages<T>& pages, int64_t kv_head, const float (*q
     }
 }
 
-template <class T>
-static void attend(const Pages<T>& pages, const Lines& lines, const Tensor& q, const Tensor& out) {
+template <class T, class K>
+static void attend(const Pages<K>& pages, const Lines& lines, const Tensor& q, const Tensor& out) {
     int64_t heads = q.shape[1], head_dim = q.shape[2], group = heads / pages.kv_heads;
     alignas(64) float queries[LINES][MAX_HEAD_DIM + LANES];
     Softmax softmax[LINES];
@@ -137,10 +150,10 @@ static void attend(const Pages<T>& pages, const Lines& lines, const Tensor& q, c
     }
     for (int64_t begin = 0; begin < last; begin += KEYS) {
         int64_t end = std::min(last, begin + KEYS);
-        auto run = lines.count == 1   ? attend_chunk<T, 1>
-                   : lines.count == 2 ? attend_chunk<T, 2>
-                   : lines.count == 3 ? attend_chunk<T, 3>
-                                      : attend_chunk<T, 4>;
+        auto run = lines.count == 1   ? attend_chunk<K, 1>
+                   : lines.count == 2 ? attend_chunk<K, 2>
+                   : lines.count == 3 ? attend_chunk<K, 3>
+                                      : attend_chunk<K, 4>;
         run(pages, lines.head, queries, lines.ends, begin, end, softmax);
     }
     for (int64_t n = 0; n < lines.count; ++n)
@@ -148,10 +161,10 @@ static void attend(const Pages<T>& pages, const Lines& lines, const Tensor& q, c
             store(out.as<T>() + places[n] + i, load(softmax[n].sums + i) / all(softmax[n].total), head_dim - i);
 }
 
-template <class T>
-static void attend_rows(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, const Tensor& tables,
-                        const Tensor& cu_seqlens, const Tensor& seq_lens, const Tensor& out, int threads) {
-    int64_t kv_heads = k_pages.shape[2], head_dim = q.shape[2], group = q.shape[1] / kv_heads, keys = 0;
+template <class T, class K>
+static void attend_rows(const Tensor& q, const Tensor* pages, const Tensor& tables, const Tensor& cu_seqlens,
+                        const Tensor& seq_lens, const Tensor& out, int threads) {
+    int64_t page_size = pages[0].shape[1], kv_heads = pages[0].shape[2], head_dim = q.shape[2], group = q.shape[1] / kv_heads, keys = 0;
     std::vector<Lines> blocks;  // of one head
     for (int64_t row = 0; row < seq_lens.shape[0]; ++row) {
         int64_t begin = cu_seqlens.as<int32_t>()[row] * group, end = cu_seqlens.as<int32_t>()[row + 1] * group;
@@ -170,22 +183,21 @@ static void attend_rows(const Tensor& q, const Tensor& k_pages, const Tensor& v_
             Lines lines = blocks[task % n];
             lines.head = task / n;
             const int32_t* table = tables.as<int32_t>() + lines.row * tables.shape[1];
-            Pages<T> pages{k_pages.as<T>(), v_pages.as<T>(), k_pages.shape[1], kv_heads, head_dim, table};
-            attend(pages, lines, q, out);
+            Pages<K> own{pages[0].as<K>(), pages[2].as<K>(), pages[1].as<float>(), pages[3].as<float>(),
+                         page_size,        kv_heads,         head_dim,             table};
+            attend<T>(own, lines, q, out);
         }
     });
 }
 
-static void paged_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, const Tensor& tables,
-                            const Tensor& cu_seqlens, const Tensor& seq_lens, const Tensor& out, int threads) {
+static void paged_attention(const Tensor& q, const Tensor* pages, const Tensor& tables, const Tensor& cu_seqlens,
+                            const Tensor& seq_lens, const Tensor& out, int threads) {
     DType dtype = expect_float("q", q);
-    expect("q", q, dtype, {ANY, ANY, ANY});
-    int64_t n = q.shape[0], heads = q.shape[1], head_dim = q.shape[2];
-    expect("k_pages", k_pages, dtype, {ANY, ANY, ANY, head_dim});
-    int64_t page_size = k_pages.shape[1], kv_heads = k_pages.shape[2];
-    expect("v_pages", v_pages, dtype, {k_pages.shape[0], page_size, kv_heads, head_dim});
-    expect(head_dim > 0 && head_dim <= MAX_HEAD_DIM, "head_dim is above 256");
-    expect(page_size > 0 && kv_heads > 0 && heads % kv_heads == 0, "the key-value heads do not divide the heads");
+    bool int8 = expect_pages(pages, dtype);
+    int64_t page_size = pages[0].shape[1], kv_heads = pages[0].shape[2], head_dim = pages[0].shape[3];
+    expect("q", q, dtype, {ANY, ANY, head_dim});
+    int64_t n = q.shape[0], heads = q.shape[1];
+    expect(heads % kv_heads == 0, "the key-value heads do not divide the heads");
     expect("seq_lens", seq_lens, DType::i32, {ANY});
     int64_t rows = seq_lens.shape[0];
     expect("block_tables", tables, DType::i32, {rows, ANY});
@@ -199,8 +211,10 @@ static void paged_attention(const Tensor& q, const Tensor& k_pages, const Tensor
         int64_t blocks = (lengths[row] + page_size - 1) / page_size;
         expect(blocks <= tables.shape[1], "a row is longer than its block table");
         Tensor used{tables.as<int32_t>() + row * tables.shape[1], DType::i32, 1, {blocks}, true};
-        expect_range("block_tables", used, 0, k_pages.shape[0]);
+        expect_range("block_tables", used, 0, pages[0].shape[0]);
     }
-    auto run = dtype == DType::f32 ? attend_rows<float> : attend_rows<bf16>;
-    run(q, k_pages, v_pages, tables, cu_seqlens, seq_lens, out, threads);
+    auto run = dtype == DType::f32 ? int8 ? attend_rows<float, int8_t> : attend_rows<float, float>
+               : int8              ? attend_rows<bf16, int8_t>
+                                   : attend_rows<bf16, bf16>;
+    run(q, pages, tables, cu_seqlens, seq_lens, out, threads);
 }

@@ -19,6 +19,7 @@ typedef float leaf_f32 __attribute__((vector_size(4 * LEAF)));
 typedef int32_t leaf_i32 __attribute__((vector_size(4 * LEAF)));
 typedef uint32_t leaf_u32 __attribute__((vector_size(4 * LEAF)));
 typedef uint16_t leaf_u16 __attribute__((vector_size(2 * LEAF)));
+typedef int8_t leaf_i8 __attribute__((vector_size(LEAF)));
 
 // Two of something as one of twice the lanes.
 template <class T>
@@ -61,6 +62,11 @@ struct Lanes<Pair<T>> {
 
 inline void load_leaf(leaf_f32& v, const float* p) { std::memcpy(&v, p, sizeof v); }
 inline void load_leaf(leaf_i32& v, const int32_t* p) { std::memcpy(&v, p, sizeof v); }
+inline void load_leaf(leaf_f32& v, const int8_t* p) {
+    leaf_i8 narrow;
+    std::memcpy(&narrow, p, sizeof narrow);
+    v = __builtin_convertvector(__builtin_convertvector(narrow, leaf_i32), leaf_f32);
+}
 inline void load_leaf(leaf_f32& v, const bf16* p) {
     leaf_u16 narrow;
     std::memcpy(&narrow, p, sizeof narrow);

@@ -9,12 +9,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from lumina_rt.kernels import Controls, NoiseKeys
-from lumina_rt.kernels.quantization import QuantizedWeight
+from lumina_rt.kernels.quantization import QuantizedPages, QuantizedWeight
 from torch import Tensor, get_num_threads
 
 from lumina_rt import _C
 
 LANES = 16  # outputs of a panel
+_NO_SCALES = torch.empty(0)
 
 
 class PackedWeight(NamedTuple):
@@ -64,21 +65,33 @@ def qk_norm_rope(
     rope: Tensor,
     positions: Tensor,
     slots: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    k_pages: Tensor | QuantizedPages,
+    v_pages: Tensor | QuantizedPages,
 ) -> Tensor:
-    kv_heads, head_dim = k_pages.shape[2:]
+    pages = *_parts(k_pages), *_parts(v_pages)
+    kv_heads, head_dim = pages[0].shape[2:]
     q = qkv.new_empty(len(qkv), qkv.shape[1] // head_dim - 2 * kv_heads, head_dim)
-    _C.qk_norm_rope(qkv, (*q_norm, *k_norm), rope, positions, slots, k_pages, v_pages, q, get_num_threads())
+    _C.qk_norm_rope(qkv, (*q_norm, *k_norm), rope, positions, slots, pages, q, get_num_threads())
     return q
 
 
 def paged_attention(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_tables: Tensor, cu_seqlens: Tensor, seq_lens: Tensor
+    q: Tensor,
+    k_pages: Tensor | QuantizedPages,
+    v_pages: Tensor | QuantizedPages,
+    block_tables: Tensor,
+    cu_seqlens: Tensor,
+    seq_lens: Tensor,
 ) -> Tensor:
-    out = q.new_empty(len(q), q[0].numel())
-    _C.paged_attention(q, k_pages, v_pages, block_tables, cu_seqlens, seq_lens, out, get_num_threads())
+    out = q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
+    pages = *_parts(k_pages), *_parts(v_pages)
+    _C.paged_attention(q, pages, block_tables, cu_seqlens, seq_lens, out, get_num_threads())
     return out
+
+
+def _parts(pages: Tensor | QuantizedPages) -> tuple[Tensor, Tensor]:
+    """Values, and scales or none."""
+    return pages if isinstance(pages, QuantizedPages) else (pages, _NO_SCALES)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Weights in int8 and int4: symmetric, with one bf16 scale for each 64 inputs of an output."""
+"""Weights in int8 and int4: symmetric, with one bf16 scale for each 64 inputs of an output. Keys and values in int8."""
 
 from typing import NamedTuple
 
@@ -24,6 +24,16 @@ class QuantizedWeight(NamedTuple):
     @property
     def bits(self) -> int:
         return 8 * self.values.shape[1] // (GROUP * self.scales.shape[1])
+
+
+class QuantizedPages(NamedTuple):
+    """Keys or values in int8, with a scale for each head of each token.
+
+    values: int8 [pages, page_size, kv_heads, head_dim].  scales: float32 [pages, page_size, kv_heads].
+    """
+
+    values: Tensor
+    scales: Tensor
 
 
 def quantize(weight: Tensor, bits: int) -> QuantizedWeight:

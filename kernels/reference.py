@@ -7,7 +7,7 @@ the input's dtype where the checkpoint's own model rounds. Nothing here knows of
 import torch
 import torch.nn.functional as F
 from lumina_rt.kernels import Controls, NoiseKeys
-from lumina_rt.kernels.quantization import QuantizedWeight, dequantize
+from lumina_rt.kernels.quantization import QuantizedPages, QuantizedWeight, dequantize
 from torch import Tensor
 
 QK_NORM_EPS = 1e-5  # hard-coded in the model, whatever rms_norm_eps says
@@ -43,8 +43,8 @@ def qk_norm_rope(
     rope: Tensor,
     positions: Tensor,
     slots: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    k_pages: Tensor | QuantizedPages,
+    v_pages: Tensor | QuantizedPages,
 ) -> Tensor:
     """Write the keys and values of this step into the pages; return its queries.
 
@@ -54,18 +54,34 @@ def qk_norm_rope(
     qkv: [n, (heads + 2 * kv_heads) * head_dim].  q_norm, k_norm: (weight, bias), each [mp, head_dim]; row g holds
     for the g-th contiguous group of heads.  rope: [max_positions, head_dim], cosines then sines, in qkv's dtype.
     positions: int64 [n].  slots: int64 [n], page * page_size + offset.
-    k_pages, v_pages: [pages, page_size, kv_heads, head_dim], written in place.
+    k_pages, v_pages: [pages, page_size, kv_heads, head_dim], written in place; or QuantizedPages of such, which get
+    the nearest of 255 steps of a head's largest magnitude.
     Returns [n, heads, head_dim] in qkv's dtype.
     """
-    kv_heads, head_dim = k_pages.shape[2:]
+    kv_heads, head_dim = (k_pages.values if isinstance(k_pages, QuantizedPages) else k_pages).shape[2:]
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
     q, k, v = qkv.view(len(qkv), -1, head_dim).split((heads, kv_heads, kv_heads), dim=1)
     cos, sin = _widen(rope[positions]).unsqueeze(1).chunk(2, dim=-1)  # each [n, 1, head_dim / 2]
     q = rotate(head_norm(q, *q_norm), cos, sin).to(qkv.dtype)
-    k = rotate(head_norm(k, *k_norm), cos, sin).to(qkv.dtype)
-    k_pages.view(-1, kv_heads, head_dim)[slots] = k
-    v_pages.view(-1, kv_heads, head_dim)[slots] = v
+    _write(k_pages, slots, rotate(head_norm(k, *k_norm), cos, sin))
+    _write(v_pages, slots, v)
     return q
+
+
+def _write(pages: Tensor | QuantizedPages, slots: Tensor, x: Tensor) -> None:
+    """Put x, [n, kv_heads, head_dim], into slots of the pages."""
+    if isinstance(pages, QuantizedPages):
+        scales = _widen(x).abs().amax(-1) / 127
+        pages.scales.view(-1, x.shape[1])[slots] = scales.to(pages.scales.dtype)
+        x, pages = torch.where(scales[..., None] > 0, _widen(x) / scales[..., None], 0.0).round(), pages.values
+    pages.view(-1, *x.shape[1:])[slots] = x.to(pages.dtype)
+
+
+def _read(pages: Tensor | QuantizedPages, blocks: Tensor, n: int) -> Tensor:
+    """The first n tokens of some pages, [n, kv_heads, head_dim], in fp32."""
+    if isinstance(pages, QuantizedPages):
+        return _read(pages.values, blocks, n) * _read(pages.scales, blocks, n)[..., None]
+    return _widen(pages[blocks].flatten(0, 1)[:n])
 
 
 def head_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -83,24 +99,28 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def paged_attention(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_tables: Tensor, cu_seqlens: Tensor, seq_lens: Tensor
+    q: Tensor,
+    k_pages: Tensor | QuantizedPages,
+    v_pages: Tensor | QuantizedPages,
+    block_tables: Tensor,
+    cu_seqlens: Tensor,
+    seq_lens: Tensor,
 ) -> Tensor:
     """Attend from each row's queries to everything cached of that row up to the query's own place.
 
     q: [n, heads, head_dim]; row i owns queries cu_seqlens[i] to cu_seqlens[i + 1], the last of its seq_lens[i]
-    tokens.  k_pages, v_pages: [pages, page_size, kv_heads, head_dim].  block_tables: int32 [rows, max_blocks].
-    cu_seqlens: int32 [rows + 1].  seq_lens: int32 [rows].
+    tokens.  k_pages, v_pages: [pages, page_size, kv_heads, head_dim], or QuantizedPages of such.
+    block_tables: int32 [rows, max_blocks].  cu_seqlens: int32 [rows + 1].  seq_lens: int32 [rows].
     Returns [n, heads * head_dim] in q's dtype. Scale is head_dim ** -0.5; heads / kv_heads queries share a key.
     """
     _, heads, head_dim = q.shape
-    page_size, kv_heads = k_pages.shape[1:3]
+    page_size, kv_heads = (k_pages.values if isinstance(k_pages, QuantizedPages) else k_pages).shape[1:3]
     out = torch.empty_like(q)
     bounds, lengths = cu_seqlens.tolist(), seq_lens.tolist()
     for row, seq_len in enumerate(lengths):
         begin, end = bounds[row], bounds[row + 1]
         pages = block_tables[row, : -(-seq_len // page_size)].long()
-        keys = _widen(k_pages[pages].flatten(0, 1)[:seq_len])
-        values = _widen(v_pages[pages].flatten(0, 1)[:seq_len])
+        keys, values = _read(k_pages, pages, seq_len), _read(v_pages, pages, seq_len)
         queries = _widen(q[begin:end]).view(end - begin, kv_heads, heads // kv_heads, head_dim)
 
         scores = torch.einsum("qhgd,khd->hgqk", queries, keys) * head_dim**-0.5

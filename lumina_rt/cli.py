@@ -111,7 +111,7 @@ def _reading(annotation) -> dict:
         kinds = [annotation]
     if kinds == [tuple[int, int]]:
         return {"type": _size, "metavar": "WxH"}
-    return {"type": kinds[0], "metavar": {int: "N", float: "X"}[kinds[0]]}
+    return {"type": kinds[0], "metavar": {int: "N", float: "X", str: "NAME"}[kinds[0]]}
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -207,7 +207,8 @@ def _command(commands, name: str, run, words: str) -> argparse.ArgumentParser:
 def _add_options(command, controls: Sequence[str], defaults: Mapping | None = None) -> None:
     """The options of a command that draws: of sampling, of its files, and of the engine."""
     command.set_defaults(controls=controls)
-    add_fields(command.add_argument_group("sampling"), SamplingParams, controls, defaults)
+    group = command.add_argument_group("sampling", "a model's generation_config.json may name defaults of its own")
+    add_fields(group, SamplingParams, controls, defaults)
     _add_output(command)
     command.add_argument("--quiet", action="store_true", help="show neither a bar nor a summary")
     _add_engine(command, model="demo")
@@ -234,10 +235,13 @@ def _add_engine(command, model: str | None) -> None:
     add_fields(group, EngineConfig, [field.name for field in fields(EngineConfig)])
 
 
-def _controls(args, defaults: Mapping | None = None) -> dict:
-    """All sampling options of the command, checked. Raises ValueError."""
+def _controls(args, defaults: Mapping | None = None, engine: Engine | None = None) -> dict:
+    """All sampling options of the command, checked; the model's own defaults are known with its engine.
+
+    Raises ValueError.
+    """
     given = {name: value for name, value in vars(args).items() if name in args.controls}
-    params = SamplingParams(**{**(defaults or {}), **given})
+    params = SamplingParams(**{**(engine.defaults if engine else {}), **(defaults or {}), **given})
     return {name: getattr(params, name) for name in args.controls}
 
 
@@ -326,12 +330,13 @@ def _generate(args):
     texts = [text for prompt in args.prompt for text in (_stdin_lines() if prompt == "-" else [prompt])]
     if not texts:
         raise ValueError("no prompt on stdin; expected one a line")
-    controls = _controls(args, IMAGE_TO_IMAGE if args.condition else None)
+    defaults = IMAGE_TO_IMAGE if args.condition else None
+    controls = _controls(args, defaults)
     paths = output_paths(args.output, len(texts) * controls["n"])
     check_outputs(paths, args.force)
     condition = images.open_image(args.condition) if args.condition else None
     engine = _engine(args)
-    progress = not args.quiet
+    controls, progress = _controls(args, defaults, engine), not args.quiet
     if condition:
         outputs = [engine.from_condition(condition, text, progress=progress, **controls) for text in texts]
     else:
@@ -368,18 +373,22 @@ def _image_to_image(args, asked: dict, task, *words: str):
     paths = output_paths(args.output, controls["n"])
     check_outputs(paths, args.force)
     picture = images.open_image(args.image)
-    output = task(_engine(args), picture, *words, progress=not args.quiet, **controls)
+    engine = _engine(args)
+    controls = _controls(args, IMAGE_TO_IMAGE, engine)
+    output = task(engine, picture, *words, progress=not args.quiet, **controls)
     return _report(args, [_save(args, output, paths, asked, controls)])
 
 
 def _multiview(args):
-    controls = _controls(args)
+    _controls(args)
     if args.views < 1:
         args.parser.error(f"--views is {args.views}; expected at least 1")
     sheet = Path(args.output)
     paths = [_numbered(sheet, i) for i in range(args.views)]
     check_outputs([sheet, *paths], args.force)
-    output = _engine(args).multiview(args.prompt, args.views, args.side, progress=not args.quiet, **controls)
+    engine = _engine(args)
+    controls = _controls(args, None, engine)
+    output = engine.multiview(args.prompt, args.views, args.side, progress=not args.quiet, **controls)
     asked = {"prompt": args.prompt, "views": args.views}
     result = _save(args, output, paths, asked, controls)
     settings = _settings(args, output, asked, controls) | {"size": [args.side, args.side]}
@@ -400,11 +409,12 @@ def _contact_sheet(views: Sequence[Image.Image]) -> Image.Image:
 def _chat(args):
     if args.json and args.message is None:
         args.parser.error("--json needs a MESSAGE")
-    controls = _controls(args)
+    _controls(args)
     first = _numbered(Path(args.output), 0)
     check_outputs([first], force=True)  # names that are taken are passed over
     pictures = [images.open_image(path) for path in args.image]
     engine = _engine(args)
+    controls = _controls(args, None, engine)
     codes = tuple(engine.encode_image(picture) for picture in pictures)
     dialog: list[Message] = []
     results = []
@@ -509,7 +519,7 @@ def _info(args):
 
 def _model_facts(name: str, engine: Engine) -> dict:
     shape, embed = engine.model.config, engine.model.embed
-    n_kv_bytes = 2 * shape.n_layers * shape.kv_heads * shape.head_dim * embed.element_size()
+    n_kv_bytes = engine.kv_bytes_a_token
     n_pages, page_size = engine.scheduler.pool.num_pages, engine.config.page_size
     return {
         "model": name,

@@ -12,7 +12,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from lumina_rt import hub, images, prompts, unirep, weights
 from lumina_rt.checkpoint import CheckpointError
 from lumina_rt.kernels import cpu, reference
-from lumina_rt.kv_cache import KVCache, Lease
+from lumina_rt.kv_cache import KVCache, Lease, bytes_a_token
 from lumina_rt.model import Model
 from lumina_rt.outputs import Answer, ImageRow, RequestOutput, TextDelta, Timings
 from lumina_rt.params import EngineConfig, SamplingParams
@@ -48,6 +48,8 @@ class Engine:
     """A loaded model. Make one with `Engine.from_pretrained`.
 
     sizes: the legal (width, height) of images, in pixels.  default_size: what an image gets when none is asked for.
+    defaults: the model's own for fields of SamplingParams, where the caller says nothing.
+    kv_bytes_a_token: what a token of one row takes of the KV cache.
     """
 
     def __init__(
@@ -57,21 +59,23 @@ class Engine:
         vqgan: VQGAN,
         config: EngineConfig | None = None,
         target_sizes: Sequence[int] = TARGET_SIZES,
+        defaults: Mapping | None = None,
     ):
         self.config = config or EngineConfig()
-        self.model, self.tokenizer, self.vqgan = model, tokenizer, vqgan
+        self.model, self.tokenizer, self.vqgan, self.defaults = model, tokenizer, vqgan, dict(defaults or {})
         factor = vqgan.config.factor
         candidates = [unirep.candidate_sizes(target, patch=2 * factor) for target in target_sizes]
         self.input_sizes = candidates[0]  # what a picture of the user is fitted to
         self.sizes = tuple(size for group in candidates for size in group)
         self.default_size = (target_sizes[0], target_sizes[0])
         self.grammar = Grammar(tokenizer.vocab, self.sizes, factor)
+        shape, page_size = model.config, self.config.page_size
+        dtype = torch.int8 if self.config.kv_cache_dtype else model.embed.dtype
+        self.kv_bytes_a_token = bytes_a_token(shape.n_layers, shape.kv_heads, shape.head_dim, dtype)
         num_pages = self.config.num_pages or self._pages_that_fit()
-        shape = model.config
         self.cache = KVCache(
-            shape.n_layers, num_pages, self.config.page_size, shape.kv_heads, shape.head_dim,
-            model.embed.dtype, model.embed.device,
-        )  # fmt: skip
+            shape.n_layers, num_pages, page_size, shape.kv_heads, shape.head_dim, dtype, model.embed.device
+        )
         self.scheduler = Scheduler(self.config, self.cache, num_pages)
         self.sampler = Sampler(model, tokenizer.vocab)
         self._stepping = threading.Lock()  # held by the thread that steps; guards the scheduler and the cache
@@ -107,7 +111,7 @@ class Engine:
         config = engine_config(options)
         device, torch_dtype = _device(device), _dtype(dtype)
         folder = hub.find_model(model)
-        target_sizes = target_sizes_of(folder)
+        target_sizes, defaults = target_sizes_of(folder), sampling_defaults_of(folder)
         tokens = Tokenizer.from_file(hub.find_tokenizer(folder, tokenizer))
         # Before the weights, which may take minutes: what is wrong with the small files is told at once.
         image_tokenizer = VQGAN.from_pretrained(hub.find_vqgan(folder, vqgan), device=device)
@@ -120,7 +124,11 @@ class Engine:
         if tokens.vocab.size > loaded.config.vocab_size:
             problem = f"{tokens.vocab.size} ids in the tokenizer, {loaded.config.vocab_size} in the model"
             raise CheckpointError(folder, [problem])
-        return cls(loaded, tokens, image_tokenizer, config, target_sizes)
+        return cls(loaded, tokens, image_tokenizer, config, target_sizes, defaults)
+
+    def params(self, **controls) -> SamplingParams:
+        """SamplingParams of these fields, the others as the model has them. Raises ValueError for an unknown field."""
+        return _checked(SamplingParams, {**self.defaults, **controls})
 
     def generate(
         self,
@@ -133,7 +141,8 @@ class Engine:
         """Answer every conversation, in order; all of them share the steps.
 
         conversations: each a str, a Message, or the turns of a dialog (see `prompts.as_conversation`).
-        params: one for all, or one each.  progress: show a bar of image rows, with the time left.
+        params: one for all, or one each; the model's own by default.  progress: show a bar of image rows, with the
+        time left.
         callback: called with every TextDelta, ImageRow and RequestOutput, at most once a row inside an image.
 
         Raises ValueError for bad input, before anything runs. Whatever is raised, nothing stays behind.
@@ -142,7 +151,7 @@ class Engine:
             found = type(conversations).__name__
             raise ValueError(f"conversations is a {found}; expected a list of conversations")
         if params is None or isinstance(params, SamplingParams):
-            params = [params or SamplingParams()] * len(conversations)
+            params = [params or self.params()] * len(conversations)
         if len(params) != len(conversations):
             raise ValueError(f"{len(params)} SamplingParams for {len(conversations)} conversations; expected one each")
         requests: list[Request] = []
@@ -160,7 +169,7 @@ class Engine:
 
         Dropping or closing the stream early ends the request. Arguments and errors as `generate`.
         """
-        return Stream(self, self._submit(conversation, params or SamplingParams(), deque()))
+        return Stream(self, self._submit(conversation, params or self.params(), deque()))
 
     def abort(self, request_id: int) -> bool:
         """End a request within a step, from any thread; what is finished of it comes as its RequestOutput.
@@ -179,7 +188,7 @@ class Engine:
         width: int | None = None,
         height: int | None = None,
         num_images_per_prompt: int = 1,
-        guidance_scale: float = 4.0,
+        guidance_scale: float | None = None,
         seed: int | None = None,
         *,
         progress: bool = True,
@@ -189,16 +198,16 @@ class Engine:
         """Make images from text.
 
         prompt: one (one result) or several (a list of results).  width, height: pixels, a legal size; the model's
-        own by default.  controls: further fields of SamplingParams.
+        own by default, as is the guidance_scale.  controls: further fields of SamplingParams.
         """
         if not isinstance(prompt, (str, list, tuple)):
             raise ValueError(f"prompt is a {type(prompt).__name__}; expected a str, or a list of them")
         size = tuple(
             default if side is None else side for side, default in zip((width, height), self.default_size, strict=True)
         )
-        params = sampling_params(
-            size=size, num_images=1, n=num_images_per_prompt, guidance_scale=guidance_scale, seed=seed, **controls
-        )
+        if guidance_scale is not None:
+            controls["guidance_scale"] = guidance_scale
+        params = self.params(size=size, num_images=1, n=num_images_per_prompt, seed=seed, **controls)
         unirep.check_size(*params.size, self.sizes)
         several = [prompt] if isinstance(prompt, str) else prompt
         texts = [prompts.text_to_image(text, *params.size) for text in several]
@@ -443,7 +452,7 @@ class Engine:
 
     def _answer(self, conversation, controls: dict) -> RequestOutput:
         progress, callback = controls.pop("progress", True), controls.pop("callback", None)
-        params = sampling_params(**controls)
+        params = self.params(**controls)
         return self.generate([conversation], params, progress=progress, callback=callback)[0]
 
     def _image_to_image(self, text: str, image, controls: dict) -> RequestOutput:
@@ -455,8 +464,7 @@ class Engine:
         return self._answer(question, defaults | controls)
 
     def _pages_that_fit(self) -> int:
-        shape, size = self.model.config, self.model.embed.element_size()
-        page_bytes = 2 * shape.n_layers * self.config.page_size * shape.kv_heads * shape.head_dim * size
+        page_bytes = self.config.page_size * self.kv_bytes_a_token
         enough = self.config.max_num_seqs * -(-self.config.max_model_len // self.config.page_size)
         return max(1, min(int(self.config.kv_cache_gib * 2**30) // page_bytes, enough))
 
@@ -507,11 +515,6 @@ def engine_config(options: dict) -> EngineConfig:
     return _checked(EngineConfig, options)
 
 
-def sampling_params(**controls) -> SamplingParams:
-    """SamplingParams from keyword arguments. Raises ValueError for one it does not have."""
-    return _checked(SamplingParams, controls)
-
-
 def _checked(kind: type, options: dict):
     known = [field.name for field in fields(kind)]
     for name in options:
@@ -542,6 +545,21 @@ def target_sizes_of(folder: Path) -> tuple[int, ...]:
     if not isinstance(sizes, (list, tuple)) or not sizes or not all(isinstance(n, int) and n > 0 for n in sizes):
         raise CheckpointError(folder, [f"target_sizes is {sizes!r} in {path.name}; expected a list of whole numbers"])
     return tuple(sizes)
+
+
+def sampling_defaults_of(folder: Path) -> dict:
+    """What a model wants fields of SamplingParams to be: "sampling" of its generation_config.json.
+
+    Raises CheckpointError. Other keys of that file are not looked at: released ones name a temperature that the
+    reference's own scripts do not use.
+    """
+    path = folder / "generation_config.json"
+    defaults = weights.read_json(path).get("sampling", {}) if path.exists() else {}
+    try:
+        _checked(SamplingParams, dict(defaults))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(folder, [f"sampling is {defaults!r} in {path.name}: {error}"]) from None
+    return dict(defaults)
 
 
 def _picks(plan: list[Work]) -> list[Pick]:

@@ -6,29 +6,48 @@ written. This file knows token ids only to compare prefixes; it knows nothing of
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
+from lumina_rt.kernels.quantization import QuantizedPages
+
 
 class KVCache:
-    """Keys and values of every layer, each [layers, pages, page_size, kv_heads, head_dim]."""
+    """Keys and values of every layer, each [layers, pages, page_size, kv_heads, head_dim].
+
+    In int8 they have scales, float32 [layers, pages, page_size, kv_heads], one for each head of each token.
+    """
 
     def __init__(self, n_layers, num_pages, page_size, kv_heads, head_dim, dtype, device):
         shape = (n_layers, num_pages, page_size, kv_heads, head_dim)
         # Empty, not zeros: on a CPU the system then hands out memory only as pages are written.
-        self.k = torch.empty(shape, dtype=dtype, device=device)
-        self.v = torch.empty(shape, dtype=dtype, device=device)
+        self.k, self.v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        self.scales: tuple[torch.Tensor, ...] = ()
+        if dtype == torch.int8:
+            self.scales = tuple(torch.empty(shape[:-1], dtype=torch.float32, device=device) for _ in range(2))
 
-    def layers(self) -> zip:
-        """Pairs (k_pages, v_pages), each [pages, page_size, kv_heads, head_dim], a layer at a time."""
-        return zip(self.k, self.v, strict=True)
+    def layers(self) -> Iterator[tuple]:
+        """Pairs (k_pages, v_pages), each [pages, page_size, kv_heads, head_dim], a layer at a time.
+
+        They are tensors, or QuantizedPages where the cache is in int8.
+        """
+        if not self.scales:
+            yield from zip(self.k, self.v, strict=True)
+        for layer in zip(self.k, self.v, *self.scales, strict=True) if self.scales else ():
+            k, v, k_scales, v_scales = layer
+            yield QuantizedPages(k, k_scales), QuantizedPages(v, v_scales)
 
     def copy_page(self, source: int, target: int) -> None:
-        self.k[:, target] = self.k[:, source]
-        self.v[:, target] = self.v[:, source]
+        for part in (self.k, self.v, *self.scales):
+            part[:, target] = part[:, source]
+
+
+def bytes_a_token(n_layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Bytes of the keys and values of one token in all layers, their scales included."""
+    return 2 * n_layers * kv_heads * (head_dim * dtype.itemsize + (4 if dtype == torch.int8 else 0))
 
 
 class PagePool:

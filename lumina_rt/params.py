@@ -65,6 +65,7 @@ class EngineConfig:
     page_size: tokens a page of the KV cache, a power of two from 16.
     num_pages: pages of the pool; None takes what fits into `kv_cache_gib`.
     kv_cache_gib: GiB for the pool when num_pages is None; memory is touched only as pages are used.
+    kv_cache_dtype: "int8" halves what the keys and values take in bf16; None keeps the model's own.
     max_num_seqs: the most rows of one step; a guided image takes two.
     max_num_batched_tokens: the most tokens of one step; a longer prompt is prefilled in chunks.
     max_model_len: the most tokens of one row, prompt and answer; 16 views of 384 x 384 and their prompt fit.
@@ -75,6 +76,7 @@ class EngineConfig:
     page_size: int = 256
     num_pages: int | None = None
     kv_cache_gib: float = 4.0
+    kv_cache_dtype: str | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 1024
     max_model_len: int = 10240
@@ -86,6 +88,8 @@ class EngineConfig:
         if self.num_pages is not None:
             _take_int(self, "num_pages", 1)
         _take_float(self, "kv_cache_gib", 0, 1 << 20, above=True)
+        if self.kv_cache_dtype not in (None, "int8"):
+            raise ValueError(f"kv_cache_dtype is {self.kv_cache_dtype!r}; expected 'int8' or None")
         _take_int(self, "max_num_seqs", 2)
         _take_int(self, "max_num_batched_tokens", 16)
         _take_int(self, "max_model_len", 16)

@@ -88,9 +88,9 @@ def is_right(case: Case, image: Image.Image) -> bool:
 
 
 def draw(engine: Engine, cases: Sequence[Case], **controls) -> list[Image.Image]:
-    """One picture for each case. controls: fields of SamplingParams, the runtime's defaults where left out."""
+    """One picture for each case. controls: fields of SamplingParams, the model's defaults where left out."""
     texts = [prompts.text_to_image(case.caption, *case.size) for case in cases]
-    params = [SamplingParams(num_images=1, size=case.size, seed=i, **controls) for i, case in enumerate(cases)]
+    params = [engine.params(num_images=1, size=case.size, seed=i, **controls) for i, case in enumerate(cases)]
     return [output.images[0] for output in engine.generate(texts, params)]
 
 
@@ -174,12 +174,12 @@ def editing_in_two_turns(engine: Engine, n: int) -> float:
     first = [edit(rng, scene, training=False) for rng, (scene, _) in zip(rngs, scenes, strict=True)]
     second = [edit(rng, after, training=False) for rng, (_, after) in zip(rngs, first, strict=True)]
     questions = [_shown(prompts.editing(words), *scene) for (words, _), scene in zip(first, scenes, strict=True)]
-    outputs = engine.generate(questions, _image_params(scenes))
+    outputs = engine.generate(questions, _image_params(engine, scenes))
     dialogs = [
         [question, output.answers[0].message(), Message("user", words)]
         for question, output, (words, _) in zip(questions, outputs, second, strict=True)
     ]
-    drawn = [output.images[0] for output in engine.generate(dialogs, _image_params(scenes))]
+    drawn = [output.images[0] for output in engine.generate(dialogs, _image_params(engine, scenes))]
     rows = zip(drawn, scenes, first, second, strict=True)
     return float(np.mean([_shows(image, b, _n_added(before, a, b)) for image, (before, _), (_, a), (_, b) in rows]))
 
@@ -225,7 +225,7 @@ def multiview(engine: Engine, n: int, n_views: int = 4) -> float:
         prompts.multiview(captions.caption(Random(i), scene, related=True), n_views, side)
         for i, scene in enumerate(scenes)
     ]
-    params = [SamplingParams(num_images=n_views, size=(side, side), seed=i) for i in range(n)]
+    params = [engine.params(num_images=n_views, size=(side, side), seed=i) for i in range(n)]
     for scene, output in zip(scenes, engine.generate(texts, params), strict=True):
         found = checker.find_things(output.images[0])
         first = Scene(tuple(Thing(thing.shape, thing.color, "small", thing.x, thing.y) for thing in found), ())
@@ -280,12 +280,12 @@ def _shown(words: str, scene: Scene, size: tuple[int, int]) -> Message:
     return Message("user", words, (world.picture(scene, *size),))
 
 
-def _image_params(scenes) -> list[SamplingParams]:
-    return [SamplingParams(num_images=1, size=size, seed=i, **IMAGE_TO_IMAGE) for i, (_, size) in enumerate(scenes)]
+def _image_params(engine: Engine, scenes) -> list[SamplingParams]:
+    return [engine.params(num_images=1, size=size, seed=i, **IMAGE_TO_IMAGE) for i, (_, size) in enumerate(scenes)]
 
 
 def _draw(engine: Engine, questions: list, scenes) -> list[Image.Image]:
-    return [output.images[0] for output in engine.generate(questions, _image_params(scenes))]
+    return [output.images[0] for output in engine.generate(questions, _image_params(engine, scenes))]
 
 
 def _label(engine: Engine, scenes, words: str) -> list[Image.Image]:
@@ -349,7 +349,7 @@ def evaluate(engine: Engine, n: int, n_task: int, names: Sequence[str] = tuple(T
     result = text_to_image(engine, n, **controls)
     result["tasks"] = {name: TASKS[name](engine, n_task) for name in names}
     result["tasks"]["vq_psnr_db"] = vq.psnr(engine.vqgan)
-    params = SamplingParams(**controls)
+    params = engine.params(**controls)
     settings = {name: getattr(params, name) for name in ("guidance_scale", "temperature", "top_k", "top_p", "min_p")}
     return {**result, "n": n, "settings": settings | {"n_task": n_task}}
 
@@ -361,8 +361,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--n-task", type=int, default=100, help="cases of each task")
     parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS), metavar="TASK")
     for name in ("guidance_scale", "temperature", "top_p", "min_p"):
-        parser.add_argument("--" + name.replace("_", "-"), type=float, default=getattr(SamplingParams, name))
-    parser.add_argument("--top-k", type=int, default=SamplingParams.top_k)
+        parser.add_argument("--" + name.replace("_", "-"), type=float, default=argparse.SUPPRESS)
+    parser.add_argument("--top-k", type=int, default=argparse.SUPPRESS)
     args = vars(parser.parse_args(argv))
     engine = Engine.from_pretrained(args.pop("model"))
     result = evaluate(engine, args.pop("n"), args.pop("n_task"), args.pop("tasks"), **args)

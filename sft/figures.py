@@ -88,7 +88,7 @@ def attention(engine: Engine, folder: Path, path: Path, n: int = 24) -> dict[str
     length = layout.n_tokens - 2  # up to the last code; a line end and the image's end follow
     cases = [case for case in evaluate.text_to_image_cases(engine, 3 * n) if case.size == engine.default_size][:n]
     texts = [prompts.text_to_image(case.caption, *case.size) for case in cases]
-    outputs = engine.generate(texts, SamplingParams(num_images=1, size=engine.default_size, seed=0))
+    outputs = engine.generate(texts, engine.params(num_images=1, size=engine.default_size, seed=0))
     seen, of_prompt = [], []
     for text, output in zip(texts, outputs, strict=True):
         tokens = prompts.encode_conversation(text, engine.tokenizer, engine.encode_image) + output.token_ids[:length]

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lumina_rt.kernels import Controls, NoiseKeys, cpu, reference
-from lumina_rt.kernels.quantization import GROUP, QuantizedWeight, dequantize, quantize
+from lumina_rt.kernels.quantization import GROUP, QuantizedPages, QuantizedWeight, dequantize, quantize
 
 from lumina_rt import _C, kernels
 
@@ -34,7 +34,9 @@ def randn(*shape, seed=0, dtype=torch.float32):
 def double(value):
     if isinstance(value, torch.Tensor):
         return value.double() if value.is_floating_point() else value
-    return type(value)(map(double, value)) if isinstance(value, tuple) else value
+    if isinstance(value, QuantizedPages):
+        return QuantizedPages(*map(double, value))
+    return tuple(map(double, value)) if isinstance(value, tuple) else value
 
 
 def assert_parity(op, *args, dtype):
@@ -109,6 +111,22 @@ def test_attention_matches_the_reference(dtype, heads, kv_heads, head_dim, page_
     assert_parity("paged_attention", *args, dtype=dtype)
 
 
+def int8_pages(pages):
+    """The same keys or values in int8, as the reference keeps them."""
+    scales = pages.float().abs().amax(-1) / 127
+    return QuantizedPages((pages / scales[..., None]).round().to(torch.int8), scales)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "page_size", "rows"),
+    [(4, 4, 128, 256, [(700, 1), (513, 2)]), (6, 3, 40, 16, [(40, 17), (1, 1), (128, 1)])],
+)
+def test_attention_over_int8_pages_matches_the_reference(dtype, heads, kv_heads, head_dim, page_size, rows):
+    q, k_pages, v_pages, *rest = attention_inputs(dtype, heads, kv_heads, head_dim, page_size, rows)
+    assert_parity("paged_attention", q, int8_pages(k_pages), int8_pages(v_pages), *rest, dtype=dtype)
+
+
 def test_attention_does_not_look_at_what_lies_beyond_a_row():
     q, k_pages, v_pages, *rest = attention_inputs(torch.float32, 4, 2, 32, 16, [(20, 3), (33, 1)])
     expected = cpu.paged_attention(q, k_pages, v_pages, *rest)
@@ -140,6 +158,29 @@ def test_qk_norm_rope_matches_the_reference_and_writes_only_its_slots(dtype, n, 
         assert_close(out, torch_out, truth, dtype)
     assert torch.equal(results[0][2], results[1][2])  # values are copies
     assert torch.equal(results[0][1] == 7, results[1][1] == 7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_qk_norm_rope_keeps_int8_as_the_reference_does(dtype):
+    n, heads, kv_heads, head_dim = 5, 6, 2, 40
+    qkv = randn(n, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
+    qkv[2, -head_dim:] = 0  # a head without a scale
+    norm = randn(1, head_dim, seed=7, dtype=dtype), randn(1, head_dim, seed=8, dtype=dtype)
+    rope, places = randn(50, head_dim, seed=5).cos().to(dtype), torch.tensor([0, 3, 7, 49, 2])
+    kept = []
+    for ops in (cpu, reference):
+        pages = [
+            QuantizedPages(torch.zeros(4, 16, kv_heads, head_dim, dtype=torch.int8), torch.zeros(4, 16, kv_heads))
+            for _ in range(2)
+        ]
+        ops.qk_norm_rope(qkv, norm, norm, rope, places, places, *pages)
+        kept.append(pages)
+    for ours, theirs in zip(*kept, strict=True):
+        torch.testing.assert_close(ours.scales, theirs.scales, rtol=1e-5, atol=0)
+        steps = (ours.values.int() - theirs.values.int()).abs()
+        assert steps.max() <= 1  # where a value lies between two steps
+        assert steps.float().mean() < 0.001
+    assert (kept[0][0].scales.flatten(0, 1)[places] > 0).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -212,10 +253,12 @@ def test_a_row_of_linear_is_the_same_bits_in_any_batch(format, n):
         assert torch.equal(cpu.linear(x[row : row + 1], weight)[0], together[row])
 
 
+@pytest.mark.parametrize("keep", [torch.clone, int8_pages])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_last_of_a_window_attends_with_the_same_bits_as_alone(dtype):
+def test_the_last_of_a_window_attends_with_the_same_bits_as_alone(dtype, keep):
     rows = [(300, 16), (131, 1), (17, 17), (260, 5)]
     q, k_pages, v_pages, tables, cu_seqlens, seq_lens = attention_inputs(dtype, 6, 3, 40, 16, rows)
+    k_pages, v_pages = keep(k_pages), keep(v_pages)
     together = cpu.paged_attention(q, k_pages, v_pages, tables, cu_seqlens, seq_lens)
     for row, (length, n) in enumerate(rows):
         for back in range(n):  # every query of the window as the only one of its row

@@ -469,12 +469,14 @@ def test_threads_that_generate_at_once_share_the_steps(engine):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "quantization"), [("float32", None), ("bfloat16", None), ("bfloat16", "int8"), ("float32", "int4")]
+    ("dtype", "quantization", "kv_cache_dtype"),
+    [("float32", None, None), ("bfloat16", None, None), ("bfloat16", "int8", "int8"), ("float32", "int4", "int8")],
 )
-def test_an_image_is_the_same_whatever_else_is_in_the_steps(checkpoint, dtype, quantization):
+def test_an_image_is_the_same_whatever_else_is_in_the_steps(checkpoint, dtype, quantization, kv_cache_dtype):
     engine = Engine.from_pretrained(
-        checkpoint, device="cpu", dtype=dtype, quantization=quantization, page_size=16, num_pages=512
-    )
+        checkpoint, device="cpu", dtype=dtype, quantization=quantization, kv_cache_dtype=kv_cache_dtype, page_size=16,
+        num_pages=512,
+    )  # fmt: skip
     params = [SamplingParams(num_images=1, size=(64, 64), seed=i, guidance_scale=1 + i % 3) for i in range(9)]
     alone = [engine.generate([f"dog {i}"], p, progress=False)[0].token_ids for i, p in enumerate(params)]
     together = engine.generate([f"dog {i}" for i in range(9)], params, progress=False)
@@ -485,3 +487,42 @@ def test_an_image_is_the_same_whatever_else_is_in_the_steps(checkpoint, dtype, q
 def test_a_quantization_that_is_not_known_is_refused(checkpoint):
     with pytest.raises(ValueError, match="quantization is 'int3'; expected None or one of int8, int4"):
         Engine.from_pretrained(checkpoint, device="cpu", quantization="int3")
+
+
+def test_keys_and_values_in_int8_take_less_and_draw_nearly_the_same(checkpoint):
+    plain, small = (
+        Engine.from_pretrained(checkpoint, device="cpu", kv_cache_dtype=kind, page_size=16, num_pages=64)
+        for kind in (None, "int8")
+    )
+    assert small.cache.k.dtype == torch.int8
+    shape = plain.model.config
+    assert plain.kv_bytes_a_token == 2 * shape.n_layers * shape.kv_heads * 4 * shape.head_dim
+    assert small.kv_bytes_a_token == 2 * shape.n_layers * shape.kv_heads * (shape.head_dim + 4)
+    drawn = [
+        engine.generate_image("a dog", 64, 64, seed=1, temperature=0.1, progress=False).token_ids
+        for engine in (plain, small)
+    ]
+    assert np.mean(np.equal(*drawn)) > 0.5
+    with pytest.raises(ValueError, match="kv_cache_dtype is 'int4'; expected 'int8' or None"):
+        Engine.from_pretrained(checkpoint, device="cpu", kv_cache_dtype="int4")
+
+
+def test_a_model_may_name_defaults_of_its_own(tmp_path):
+    own = {"temperature": 0.0, "guidance_scale": 2.0}
+    folder = dummy.write_checkpoint(tmp_path, generation={"target_sizes": [64], "temperature": 9, "sampling": own})
+    engine = Engine.from_pretrained(folder, device="cpu", page_size=16, num_pages=64)
+    assert engine.params(top_k=7) == SamplingParams(temperature=0.0, guidance_scale=2.0, top_k=7)
+    drawn = [engine.generate_image("a dog", seed=seed, progress=False).token_ids for seed in (1, 2)]
+    assert drawn[0] == drawn[1]  # no noise at a temperature of 0
+    asked = [engine.generate_image("a dog", seed=i, temperature=1.0, progress=False).token_ids for i in (1, 2)]
+    assert asked[0] != asked[1]
+    explicit = SamplingParams(num_images=1, size=(64, 64), seed=1, guidance_scale=2.0, temperature=0.0)
+    text = "Generate an image of 64x64 according to the following prompt:\na dog"
+    assert engine.generate([text], explicit, progress=False)[0].token_ids == drawn[0]
+
+
+@pytest.mark.parametrize("wrong", [{"heat": 1}, {"temperature": -1}, [1]])
+def test_wrong_defaults_of_a_model_are_told(tmp_path, wrong):
+    folder = dummy.write_checkpoint(tmp_path, generation={"target_sizes": [64], "sampling": wrong})
+    with pytest.raises(CheckpointError, match=r"sampling is .* in generation_config.json"):
+        Engine.from_pretrained(folder, device="cpu")

@@ -11,7 +11,7 @@ from lumina_rt.sft.edits import edit
 from lumina_rt.sft.evaluate import CATEGORIES, Case
 from lumina_rt.sft.world import COLORS, Scene, Thing
 
-from lumina_rt import Message, unirep
+from lumina_rt import Message, SamplingParams, unirep
 
 N = 6
 
@@ -22,6 +22,9 @@ class Stub:
     def __init__(self, answers=()):
         self.default_size, self.input_sizes = (80, 80), unirep.candidate_sizes(80, patch=16)
         self.answers, self.asked = list(answers), []
+
+    def params(self, **controls):
+        return SamplingParams(**controls)
 
     def generate(self, conversations, params):
         self.asked += list(conversations)

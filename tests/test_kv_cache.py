@@ -263,3 +263,17 @@ def test_no_more_prefixes_are_kept_than_the_limit():
     assert len(store) == store.MAX_PREFIXES
     assert pool.n_free == 80 - store.MAX_PREFIXES
     assert [store.longest([token, 100])[1] for token in (0, 2, 3, store.MAX_PREFIXES + 2)] == [0, 0, 2, 2]
+
+
+def test_a_copied_page_of_int8_takes_its_scales_along():
+    cache = KVCache(2, 3, PAGE, 2, 4, torch.int8, "cpu")
+    for part, value in zip((cache.k, cache.v, *cache.scales), (1, 2, 0.5, 0.25), strict=True):
+        part.zero_()
+        part[:, 1] = value
+    cache.copy_page(1, 2)
+    for (k, v), _ in zip(cache.layers(), range(2), strict=True):
+        assert (k.values[2] == 1).all()
+        assert (v.values[2] == 2).all()
+        assert (k.scales[2] == 0.5).all()
+        assert (v.scales[2] == 0.25).all()
+        assert (k.values[0] == 0).all()

@@ -1,0 +1,46 @@
+"""The benchmarks run, and end with the JSON object that they promise."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parent.parent / "bench"
+
+
+def run(script, *args):
+    command = [sys.executable, str(BENCH / script), *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.splitlines()
+
+
+def test_latency_reports_the_parts_of_an_image_and_the_baseline(checkpoint, tmp_path):
+    lines = run(
+        "latency.py", "--model", checkpoint, "--size", "64x64", "128x64", "--iters", 1, "--baseline", "reference",
+        "--output-json", tmp_path / "a.json", "--plot", tmp_path / "a.png",
+    )  # fmt: skip
+    report = json.loads(lines[-1])
+    assert json.loads((tmp_path / "a.json").read_text()) == report
+    assert {"read_gb_s", "int8_gmac_s", "bf16_gflop_s"} == report["floor"].keys()
+    assert all(rate > 0 for rate in report["floor"].values())
+    assert [result["size"] for result in report["results"]] == ["64x64", "128x64"]
+    for result in report["results"]:
+        parts = result["prefill_s"] + result["decode_s"] + result["vq_s"]
+        assert 0 < parts <= 1.01 * result["s_per_image"]
+        assert 0 < result["first_row_s"] < result["s_per_image"]
+        assert 0 < result["floor_percent"] < 100
+    assert report["baseline"]["n_steps_timed"] == 4 * 5 + 1  # each row with its end, and the end of the image
+    assert report["speedup"] == pytest.approx(report["baseline"]["s_per_image"] / report["results"][0]["s_per_image"])
+    assert (tmp_path / "a.png").stat().st_size > 0
+    compared = run("latency.py", "--compare", tmp_path / "a.json", tmp_path / "a.json")
+    assert sum(line.endswith("1.00x") for line in compared) == 8
+
+
+def test_ops_reports_every_case_that_is_asked_for():
+    lines = run("ops.py", "--rows", 1, 2, "--ops", "rms_norm", "guided_sample")
+    results = json.loads(lines[-1])["results"]
+    assert [(r["op"], r["rows"]) for r in results] == [(op, n) for n in (1, 2) for op in ("rms_norm", "guided_sample")]
+    assert all(r["us"] > 0 and 0 < r["floor_percent"] < 100 for r in results)
