@@ -315,11 +315,7 @@ struct QuantizedInput {
         constexpr int VECTORS = GROUP / Format::STEP;
         int64_t groups = inputs / GROUP;
         for (int64_t g = begin / VECTORS; g < end / VECTORS; ++g) {
-            i32 parts[ROWS][WIDE];
-            LUMINA_UNROLL
-            for (int r = 0; r < ROWS; ++r)
-                LUMINA_UNROLL
-                for (int p = 0; p < WIDE; ++p) parts[r][p] = all_i32(offsets[(row + r) * groups + g]);
+            i32 parts[ROWS][WIDE] = {};
             const int8_t* x = &values[row * inputs + g * GROUP];
             for (int run = 0; run < VECTORS; run += Format::RUN) {
                 typename Format::Sums runs[ROWS][WIDE] = {};
@@ -344,8 +340,9 @@ struct QuantizedInput {
                 LUMINA_UNROLL
                 for (int r = 0; r < ROWS; ++r) {
                     float* sum = sums + r * WIDTH + p * LANES;
-                    f32 both = scale * all(scales[(row + r) * groups + g]);
-                    store(sum, fma(to_f32(parts[r][p]), both, load(sum)));
+                    int64_t group = (row + r) * groups + g;
+                    f32 whole = to_f32(parts[r][p] + all_i32(offsets[group]));
+                    store(sum, fma(whole, scale * all(scales[group]), load(sum)));
                 }
             }
         }

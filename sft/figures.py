@@ -158,7 +158,8 @@ Held-out prompts at the default settings, none of them chosen; a red prompt was 
 
 ## Controls of sampling
 
-The share of {n} held-out prompts that is right, each control moved alone; the dotted line is its default. The paper
+The share of {n} held-out prompts that is right, each control moved alone; the dotted line is the runtime's
+default, which a model may change. The paper
 finds that quality rises with guidance, then falls (figure 8); that a low temperature or a small top-k makes pictures
 plain, and a high temperature breaks them (figure 9); and it samples with min-p.
 
