@@ -65,10 +65,10 @@ class EngineConfig:
     page_size: tokens a page of the KV cache, a power of two from 16.
     num_pages: pages of the pool; None takes what fits into `kv_cache_gib`.
     kv_cache_gib: GiB for the pool when num_pages is None; memory is touched only as pages are used.
-    kv_cache_dtype: "int8" halves what the keys and values take in bf16; None keeps the model's own.
     max_num_seqs: the most rows of one step; a guided image takes two.
     max_num_batched_tokens: the most tokens of one step; a longer prompt is prefilled in chunks.
     max_model_len: the most tokens of one row, prompt and answer; 16 views of 384 x 384 and their prompt fit.
+    kv_cache_dtype: "int8" halves what the keys and values take in bf16; None keeps the model's own.
 
     Raises ValueError that names the value and what was expected.
     """
@@ -76,10 +76,10 @@ class EngineConfig:
     page_size: int = 256
     num_pages: int | None = None
     kv_cache_gib: float = 4.0
-    kv_cache_dtype: str | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 1024
     max_model_len: int = 10240
+    kv_cache_dtype: str | None = None
 
     def __post_init__(self):
         _take_int(self, "page_size", 16)

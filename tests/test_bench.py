@@ -19,14 +19,14 @@ def run(script, *args):
 
 def test_latency_reports_the_parts_of_an_image_and_the_baseline(checkpoint, tmp_path):
     lines = run(
-        "latency.py", "--model", checkpoint, "--size", "64x64", "128x64", "--iters", 1, "--baseline", "reference",
+        "latency.py", "--model", checkpoint, "--size", "64x64", "160x64", "--iters", 1, "--baseline", "reference",
         "--output-json", tmp_path / "a.json", "--plot", tmp_path / "a.png",
     )  # fmt: skip
     report = json.loads(lines[-1])
     assert json.loads((tmp_path / "a.json").read_text()) == report
     assert {"read_gb_s", "int8_gmac_s", "bf16_gflop_s"} == report["floor"].keys()
     assert all(rate > 0 for rate in report["floor"].values())
-    assert [result["size"] for result in report["results"]] == ["64x64", "128x64"]
+    assert [result["size"] for result in report["results"]] == ["64x64", "160x64"]
     for result in report["results"]:
         parts = result["prefill_s"] + result["decode_s"] + result["vq_s"]
         assert 0 < parts <= 1.01 * result["s_per_image"]

@@ -31,7 +31,7 @@ KINDS = {
 }
 
 
-def build(kind, tmp_path, ops):
+def build(kind, tmp_path, ops=reference):
     """One set of random weights as our Model and as transformers' Chameleon."""
     values = {**dummy.TINY_MODEL, **KINDS[kind], "vocab_size": VOCAB}
     config = weights.config_from_json(values)
