@@ -24,7 +24,7 @@ test: $(VENV)/.installed-test
 # The op tests on a build of csrc/ that watches every access and every undefined operation.
 sanitize: $(VENV)/.installed-test
 	rm -rf build/sanitize
-	CFLAGS="-g1 -fsanitize=address,undefined -fno-sanitize-recover=all" LDFLAGS="-fsanitize=address,undefined" \
+	CXXFLAGS="-g1 -fsanitize=address,undefined -fno-sanitize-recover=all" LDFLAGS="-fsanitize=address,undefined" \
 		$(BIN)/pip install -q --no-deps --target build/sanitize .
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		PYTHONPATH=build/sanitize $(BIN)/pytest -q tests/test_cpu.py
