@@ -49,7 +49,7 @@ LUMINA_BOTH(*)
 LUMINA_BOTH(/)
 #undef LUMINA_BOTH
 
-// Loads and stores. V is the vector type that is wanted, or given.
+// Loads and stores.
 
 template <class V>
 struct Lanes {  // of a leaf
@@ -108,12 +108,11 @@ inline void store(P* p, V v) {
     store_leaf(p, v);
 }
 
-// The first n lanes, 0 < n <= 16; those beyond are `fill` and are not touched in memory.
+// The first n lanes, n > 0, all of them from 16 on; those beyond are 0 and are not touched in memory.
 template <class P>
-inline f32 load(const P* p, int64_t n, P fill = {}) {
+inline f32 load(const P* p, int64_t n) {
     if (n >= LANES) return load(p);
-    P part[LANES];
-    std::fill(part, part + LANES, fill);
+    P part[LANES] = {};
     std::copy(p, p + n, part);
     return load(part);
 }

@@ -58,7 +58,7 @@ def qk_norm_rope(
     the nearest of 255 steps of a head's largest magnitude.
     Returns [n, heads, head_dim] in qkv's dtype.
     """
-    kv_heads, head_dim = (k_pages.values if isinstance(k_pages, QuantizedPages) else k_pages).shape[2:]
+    _, _, kv_heads, head_dim = _shape(k_pages)
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
     q, k, v = qkv.view(len(qkv), -1, head_dim).split((heads, kv_heads, kv_heads), dim=1)
     cos, sin = _widen(rope[positions]).unsqueeze(1).chunk(2, dim=-1)  # each [n, 1, head_dim / 2]
@@ -66,6 +66,10 @@ def qk_norm_rope(
     _write(k_pages, slots, rotate(head_norm(k, *k_norm), cos, sin))
     _write(v_pages, slots, v)
     return q
+
+
+def _shape(pages: Tensor | QuantizedPages) -> torch.Size:
+    return (pages.values if isinstance(pages, QuantizedPages) else pages).shape
 
 
 def _write(pages: Tensor | QuantizedPages, slots: Tensor, x: Tensor) -> None:
@@ -114,7 +118,7 @@ def paged_attention(
     Returns [n, heads * head_dim] in q's dtype. Scale is head_dim ** -0.5; heads / kv_heads queries share a key.
     """
     _, heads, head_dim = q.shape
-    page_size, kv_heads = (k_pages.values if isinstance(k_pages, QuantizedPages) else k_pages).shape[1:3]
+    _, page_size, kv_heads, _ = _shape(k_pages)
     out = torch.empty_like(q)
     bounds, lengths = cu_seqlens.tolist(), seq_lens.tolist()
     for row, seq_len in enumerate(lengths):

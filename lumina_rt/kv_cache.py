@@ -35,10 +35,10 @@ class KVCache:
         They are tensors, or QuantizedPages where the cache is in int8.
         """
         if not self.scales:
-            yield from zip(self.k, self.v, strict=True)
-        for layer in zip(self.k, self.v, *self.scales, strict=True) if self.scales else ():
-            k, v, k_scales, v_scales = layer
-            yield QuantizedPages(k, k_scales), QuantizedPages(v, v_scales)
+            return zip(self.k, self.v, strict=True)
+        return zip(
+            *(map(QuantizedPages, *part) for part in zip((self.k, self.v), self.scales, strict=True)), strict=True
+        )
 
     def copy_page(self, source: int, target: int) -> None:
         for part in (self.k, self.v, *self.scales):
