@@ -1,23 +1,15 @@
 // Causal attention of ragged queries over pages, with an online softmax.
 //
-// Keys are taken in chunks of 128, each with its own softmax, joined in order: a query's result is the same bits
-// whatever else is in the step. A task is up to four lines of one key-value head; a line is a query of one of the heads
-// that share the keys. Bytes: keys and values once for four lines.
+// A line is a query of one head. Keys are taken in chunks of 128, one after another, each joined to the softmax of those
+// before: a line's result is the same bits whatever else is in the step. A task is some neighbouring key-value heads
+// and up to 64 lines of each in one row. Bytes: keys and values once a task, in the order of memory, as a token's heads
+// lie side by side; what a chunk holds of them stays in the cache for the other lines.
 
-constexpr int KEYS = 128;
-constexpr int LINES = 4;
-
-// The softmax over one chunk after another.
-struct Softmax {
-    float top = -INFINITY, total = 0;
-    float sums[MAX_HEAD_DIM + LANES];
-};
-
-// Where the lines of a task lie. Line i belongs to query first + i / group, and sees `end` keys more than query `first`.
-struct Lines {
-    int64_t row, query, head, count;
-    int64_t ends[LINES];
-};
+constexpr int KEYS = 128;       // of a chunk
+constexpr int LINES = 4;        // that share loads of keys and values
+constexpr int BAND_LINES = 64;  // of a task, for each of its heads
+constexpr int HEADS = 16;       // of a task
+constexpr int SOON = 8;         // keys between what is asked of memory and what is multiplied
 
 // K: what keys and values are kept in.
 template <class K>
@@ -27,165 +19,213 @@ struct Pages {
     int64_t page_size, kv_heads, head_dim;
     const int32_t* table;  // of the row
 
-    // Where the keys `begin` to `end` of a head lie, and their values; and their scales.
-    void find(int64_t head, int64_t begin, int64_t end, int64_t* places, float (*scales)[KEYS]) const {
+    // Where the tokens `begin` to `end` lie, counted in heads.
+    void find(int64_t begin, int64_t end, int64_t* places) const {
         int64_t page = begin / page_size, offset = begin % page_size;
         for (int64_t j = 0; j < end - begin; ++j) {
-            int64_t place = (table[page] * page_size + offset) * kv_heads + head;
-            places[j] = place * head_dim;
-            if constexpr (std::is_same_v<K, int8_t>) scales[0][j] = k_scales[place], scales[1][j] = v_scales[place];
+            places[j] = (table[page] * page_size + offset) * kv_heads;
             if (++offset == page_size) offset = 0, ++page;
         }
     }
 };
 
-// Multiply the first n values by others; both have room for whole vectors.
-inline void scale_by(float* values, const float* scales, int64_t n) {
-    for (int64_t j = 0; j < n; j += LANES) store(values + j, load(values + j) * load(scales + j));
-}
+// The softmax of some lines of one head: queries, and what the keys so far have come to. Rows are of whole vectors.
+struct Lines {
+    float *queries, *sums;  // [lines, width]
+    float *tops, *totals;   // [lines]
+    int64_t ends[LINES];    // how many keys each sees
+};
 
-// Products of N queries with WIDE keys: enough sums at a time to hide how long an fma takes.
-template <int N, int WIDE, class T>
-inline void dot_keys(const T* k, const int64_t* places, const float (*q)[MAX_HEAD_DIM + LANES], int64_t head_dim,
-                     float (*scores)[KEYS]) {
-    f32 dots[N][WIDE] = {};
-    for (int64_t i = 0; i < head_dim; i += LANES)
-        LUMINA_UNROLL
-        for (int w = 0; w < WIDE; ++w) {
-            f32 part = load(k + places[w] + i, head_dim - i);
-            LUMINA_UNROLL
-            for (int n = 0; n < N; ++n) dots[n][w] = fma(load(q[n] + i), part, dots[n][w]);
-        }
-    LUMINA_UNROLL
-    for (int n = 0; n < N; ++n)
-        LUMINA_UNROLL
-        for (int w = 0; w < WIDE; ++w) scores[n][w] = sum(dots[n][w]);
-}
-
-// Sums of the values of some keys by N lines of weights, for WIDE vectors of a head from `i` on; one may be cut short.
-template <int N, int WIDE, class T>
-inline void sum_values(const T* v, const int64_t* places, int64_t keys, const float (*weights)[KEYS], int64_t i,
-                       int64_t head_dim, float (*out)[MAX_HEAD_DIM + LANES]) {
-    f32 sums[N][WIDE] = {};
-    for (int64_t j = 0; j < keys; ++j)
-        LUMINA_UNROLL
-        for (int w = 0; w < WIDE; ++w) {
-            const T* at = v + places[j] + i + w * LANES;
-            f32 value = WIDE > 1 ? load(at) : load(at, head_dim - i);
-            LUMINA_UNROLL
-            for (int n = 0; n < N; ++n) sums[n][w] = fma(all(weights[n][j]), value, sums[n][w]);
-        }
-    LUMINA_UNROLL
-    for (int n = 0; n < N; ++n)
-        LUMINA_UNROLL
-        for (int w = 0; w < WIDE; ++w) store(out[n] + i + w * LANES, sums[n][w]);
-}
-
-template <class K, int N>
-static void attend_chunk(const Pages<K>& pages, int64_t kv_head, const float (*q)[MAX_HEAD_DIM + LANES],
-                         const int64_t* ends, int64_t begin, int64_t end, Softmax* out) {
-    constexpr int WIDE = LINES / N;
-    int64_t head_dim = pages.head_dim, keys = end - begin, places[KEYS];
-    constexpr bool scaled = std::is_same_v<K, int8_t>;
-    alignas(64) float scores[N][KEYS], sums[N][MAX_HEAD_DIM + LANES], scales[2][scaled ? KEYS : 1] = {};
-    pages.find(kv_head, begin, end, places, reinterpret_cast<float(*)[KEYS]>(scales));
-    int64_t j = 0;
-    auto row = [&](int64_t key) { return reinterpret_cast<float(*)[KEYS]>(&scores[0][key]); };
-    for (; j + WIDE <= keys; j += WIDE) dot_keys<N, WIDE>(pages.k, places + j, q, head_dim, row(j));
-    for (; j < keys; ++j) dot_keys<N, 1>(pages.k, places + j, q, head_dim, row(j));
-
-    int64_t padded = (keys + LANES - 1) / LANES * LANES;
-    float tops[N], totals[N];
-    LUMINA_UNROLL
-    for (int n = 0; n < N; ++n) {
-        int64_t seen = std::clamp<int64_t>(ends[n] - begin, 0, keys);
-        if (scaled) scale_by(scores[n], scales[0], seen);
-        std::fill(scores[n] + seen, scores[n] + padded, -INFINITY);
-        f32 top = all(-INFINITY), total = all(0);
-        for (j = 0; j < padded; j += LANES) top = max(load(scores[n] + j), top);
-        tops[n] = largest(top);
-        for (j = 0; j < padded; j += LANES) {
-            f32 weight = exp(load(scores[n] + j) - all(tops[n]));
-            store(scores[n] + j, weight);
-            total = total + weight;
-        }
-        totals[n] = sum(total);
-        if (scaled) scale_by(scores[n], scales[1], seen);
-    }
-
+// Call `part(i, load)` for each vector of a head, where `load` reads one from `i` on; the last may be cut short.
+template <class Part>
+inline void each_vector(int64_t head_dim, Part part) {
     int64_t i = 0;
-    for (; WIDE > 2 && i + WIDE * LANES <= head_dim; i += WIDE * LANES)
-        sum_values<N, WIDE>(pages.v, places, keys, scores, i, head_dim, sums);
-    for (; WIDE > 1 && i + 2 * LANES <= head_dim; i += 2 * LANES)
-        sum_values<N, 2>(pages.v, places, keys, scores, i, head_dim, sums);
-    for (; i < head_dim; i += LANES) sum_values<N, 1>(pages.v, places, keys, scores, i, head_dim, sums);
-
-    LUMINA_UNROLL
-    for (int n = 0; n < N; ++n) {
-        if (begin >= ends[n]) continue;
-        float top = std::max(out[n].top, tops[n]);
-        float shrink = std::exp(out[n].top - top), grow = std::exp(tops[n] - top);
-        out[n].total = out[n].total * shrink + totals[n] * grow;
-        out[n].top = top;
-        for (i = 0; i < head_dim; i += LANES) {
-            f32 before = begin ? load(out[n].sums + i) * all(shrink) : all(0);
-            store(out[n].sums + i, fma(load(sums[n] + i), all(grow), before));
-        }
-    }
+    for (; i + LANES <= head_dim; i += LANES) part(i, [](const auto* p) { return load(p); });
+    if (i < head_dim) part(i, [=](const auto* p) { return load(p, head_dim - i); });
 }
+
+// Products of N queries with WIDE keys of a head: enough sums at a time to hide how long an fma takes.
+template <int N, int WIDE, class K>
+inline void dot_keys(const K* k, const int64_t* places, const float* q, int64_t width, int64_t head_dim,
+                     float* scores) {
+    f32 dots[N][WIDE] = {};
+    each_vector(head_dim, [&](int64_t i, auto load_part) {
+        LUMINA_UNROLL
+        for (int w = 0; w < WIDE; ++w) {
+            __builtin_prefetch(k + places[w + SOON] * head_dim + i);
+            f32 part = load_part(k + places[w] * head_dim + i);
+            LUMINA_UNROLL
+            for (int n = 0; n < N; ++n) dots[n][w] = fma(load(q + n * width + i), part, dots[n][w]);
+        }
+    });
+    LUMINA_UNROLL
+    for (int n = 0; n < N; ++n)
+        LUMINA_UNROLL
+        for (int w = 0; w < WIDE; ++w) scores[n * KEYS + w] = sum(dots[n][w]);
+}
+
+// Add the values of WIDE keys of a head, by their weights, to the sums of N lines.
+template <int N, int WIDE, class K>
+inline void add_values(const K* v, const int64_t* places, const float* weights, int64_t width, int64_t head_dim,
+                       float* sums) {
+    each_vector(head_dim, [&](int64_t i, auto load_part) {
+        f32 parts[N];
+        LUMINA_UNROLL
+        for (int n = 0; n < N; ++n) parts[n] = load(sums + n * width + i);
+        LUMINA_UNROLL
+        for (int w = 0; w < WIDE; ++w) {
+            __builtin_prefetch(v + places[w + SOON] * head_dim + i);
+            f32 value = load_part(v + places[w] * head_dim + i);
+            LUMINA_UNROLL
+            for (int n = 0; n < N; ++n) parts[n] = fma(all(weights[n * KEYS + w]), value, parts[n]);
+        }
+        LUMINA_UNROLL
+        for (int n = 0; n < N; ++n) store(sums + n * width + i, parts[n]);
+    });
+}
+
+// Turn a line's products with the keys of a chunk into weights, and shrink what it has summed so far to their measure.
+// seen: keys of the chunk that the line sees.  k_scales, v_scales: null, or [KEYS].
+inline void weigh(float* scores, int64_t seen, const float* k_scales, const float* v_scales, int64_t width,
+                  float& top, float& total, float* sums) {
+    if (seen <= 0) return std::fill(scores, scores + KEYS, 0.0f);
+    for (int64_t j = 0; k_scales && j < seen; ++j) scores[j] *= k_scales[j];
+    std::fill(scores + seen, scores + KEYS, -INFINITY);
+    f32 tops = all(top), totals = all(0);
+    for (int64_t j = 0; j < KEYS; j += LANES) tops = max(load(scores + j), tops);
+    float before = top;
+    top = largest(tops);
+    for (int64_t j = 0; j < KEYS; j += LANES) {
+        f32 weight = exp(load(scores + j) - all(top));
+        store(scores + j, weight);
+        totals = totals + weight;
+    }
+    float shrink = std::exp(before - top);
+    total = total * shrink + sum(totals);
+    for (int64_t i = 0; i < width; i += LANES) store(sums + i, load(sums + i) * all(shrink));
+    for (int64_t j = 0; v_scales && j < seen; ++j) scores[j] *= v_scales[j];
+}
+
+// Take the keys `begin` to `end` into N lines of each of `heads` heads, from head `first` on.
+template <class K, int N>
+static void attend_chunk(const Pages<K>& pages, const int64_t* places, int64_t first, int64_t heads, int64_t begin,
+                         int64_t end, const Lines* lines, int64_t width) {
+    constexpr int DOTS = LEAF == LANES ? 4 : LINES / N, VALUES = 4;  // keys at a time, as many as registers hold
+    constexpr bool scaled = std::is_same_v<K, int8_t>;
+    int64_t head_dim = pages.head_dim, keys = end - begin, j = 0;
+    alignas(64) float scores[HEADS][N][KEYS], scales[2][KEYS];
+    const K *k = pages.k + first * head_dim, *v = pages.v + first * head_dim;
+    for (; j + DOTS <= keys; j += DOTS)
+        for (int64_t h = 0; h < heads; ++h)
+            dot_keys<N, DOTS>(k + h * head_dim, places + j, lines[h].queries, width, head_dim, &scores[h][0][j]);
+    for (; j < keys; ++j)
+        for (int64_t h = 0; h < heads; ++h)
+            dot_keys<N, 1>(k + h * head_dim, places + j, lines[h].queries, width, head_dim, &scores[h][0][j]);
+
+    for (int64_t h = 0; h < heads; ++h) {
+        for (j = 0; scaled && j < keys; ++j) {
+            scales[0][j] = pages.k_scales[places[j] + first + h];
+            scales[1][j] = pages.v_scales[places[j] + first + h];
+        }
+        for (int n = 0; n < N; ++n)
+            weigh(scores[h][n], std::min(lines[h].ends[n] - begin, keys), scaled ? scales[0] : nullptr,
+                  scaled ? scales[1] : nullptr, width, lines[h].tops[n], lines[h].totals[n],
+                  lines[h].sums + n * width);
+    }
+
+    for (j = 0; j + VALUES <= keys; j += VALUES)
+        for (int64_t h = 0; h < heads; ++h)
+            add_values<N, VALUES>(v + h * head_dim, places + j, &scores[h][0][j], width, head_dim, lines[h].sums);
+    for (; j < keys; ++j)
+        for (int64_t h = 0; h < heads; ++h)
+            add_values<N, 1>(v + h * head_dim, places + j, &scores[h][0][j], width, head_dim, lines[h].sums);
+}
+
+// A band of lines of one row. Line i of a key-value head is query i / group, head i % group of those that share the keys.
+struct Band {
+    int64_t row, begin, end;  // lines, counted over the queries of the step
+    int64_t last;             // keys that line `end - 1` sees
+};
 
 template <class T, class K>
-static void attend(const Pages<K>& pages, const Lines& lines, const Tensor& q, const Tensor& out) {
-    int64_t heads = q.shape[1], head_dim = q.shape[2], group = heads / pages.kv_heads;
-    alignas(64) float queries[LINES][MAX_HEAD_DIM + LANES];
-    Softmax softmax[LINES];
+static void attend(const Pages<K>& pages, const Band& band, int64_t first, int64_t heads, const Tensor& q,
+                   const Tensor& out) {
+    static thread_local std::vector<float> memory;
+    int64_t head_dim = pages.head_dim, group = q.shape[1] / pages.kv_heads, n = band.end - band.begin;
+    int64_t width = (head_dim + LANES - 1) / LANES * LANES, places[KEYS + SOON];
+    memory.resize(heads * n * (2 * width + 2) + LANES);
+    float* queries = memory.data();
+    float *sums = queries + heads * n * width, *tops = sums + heads * n * width, *totals = tops + heads * n;
+    std::fill(sums, tops, 0.0f);
+    std::fill(tops, totals, -INFINITY);
+    std::fill(totals, totals + heads * n, 0.0f);
+
+    auto place = [&](int64_t h, int64_t i) {
+        int64_t line = band.begin + i;
+        return ((line / group * pages.kv_heads + first + h) * group + line % group) * head_dim;
+    };
     f32 scale = all(1 / std::sqrt(static_cast<float>(head_dim)));
-    int64_t places[LINES], last = 0;
-    for (int64_t n = 0; n < lines.count; ++n) {
-        int64_t line = lines.query + n;  // counted over the queries of the step, `group` a query
-        places[n] = (line / group * heads + lines.head * group + line % group) * head_dim;
-        for (int64_t i = 0; i < head_dim; i += LANES)
-            store(queries[n] + i, load(q.as<T>() + places[n] + i, head_dim - i) * scale);
-        last = std::max(last, lines.ends[n]);
+    for (int64_t h = 0; h < heads; ++h)
+        for (int64_t i = 0; i < n; ++i)
+            for (int64_t j = 0; j < head_dim; j += LANES)
+                store(queries + (h * n + i) * width + j, load(q.as<T>() + place(h, i) + j, head_dim - j) * scale);
+
+    for (int64_t begin = 0; begin < band.last; begin += KEYS) {
+        int64_t end = std::min(band.last, begin + KEYS);
+        pages.find(begin, std::min(band.last, end + SOON), places);
+        std::fill(places + std::min<int64_t>(band.last - begin, KEYS + SOON), places + KEYS + SOON, places[0]);
+        for (int64_t i = 0; i < n; i += LINES) {
+            int64_t count = std::min<int64_t>(LINES, n - i);
+            Lines lines[HEADS];
+            for (int64_t h = 0; h < heads; ++h) {
+                int64_t at = h * n + i;
+                lines[h] = {queries + at * width, sums + at * width, tops + at, totals + at, {}};
+                for (int64_t k = 0; k < count; ++k)
+                    lines[h].ends[k] = band.last - ((band.end - 1) / group - (band.begin + i + k) / group);
+            }
+            auto run = count == 1   ? attend_chunk<K, 1>
+                       : count == 2 ? attend_chunk<K, 2>
+                       : count == 3 ? attend_chunk<K, 3>
+                                    : attend_chunk<K, 4>;
+            run(pages, places, first, heads, begin, end, lines, width);
+        }
     }
-    for (int64_t begin = 0; begin < last; begin += KEYS) {
-        int64_t end = std::min(last, begin + KEYS);
-        auto run = lines.count == 1   ? attend_chunk<K, 1>
-                   : lines.count == 2 ? attend_chunk<K, 2>
-                   : lines.count == 3 ? attend_chunk<K, 3>
-                                      : attend_chunk<K, 4>;
-        run(pages, lines.head, queries, lines.ends, begin, end, softmax);
-    }
-    for (int64_t n = 0; n < lines.count; ++n)
-        for (int64_t i = 0; i < head_dim; i += LANES)
-            store(out.as<T>() + places[n] + i, load(softmax[n].sums + i) / all(softmax[n].total), head_dim - i);
+    for (int64_t h = 0; h < heads; ++h)
+        for (int64_t i = 0; i < n; ++i)
+            for (int64_t j = 0; j < head_dim; j += LANES)
+                store(out.as<T>() + place(h, i) + j, load(sums + (h * n + i) * width + j) / all(totals[h * n + i]),
+                      head_dim - j);
 }
 
 template <class T, class K>
 static void attend_rows(const Tensor& q, const Tensor* pages, const Tensor& tables, const Tensor& cu_seqlens,
                         const Tensor& seq_lens, const Tensor& out, int threads) {
-    int64_t page_size = pages[0].shape[1], kv_heads = pages[0].shape[2], head_dim = q.shape[2], group = q.shape[1] / kv_heads, keys = 0;
-    std::vector<Lines> blocks;  // of one head
+    int64_t page_size = pages[0].shape[1], kv_heads = pages[0].shape[2], head_dim = q.shape[2];
+    int64_t group = q.shape[1] / kv_heads, products = 0;
+    std::vector<Band> bands;
     for (int64_t row = 0; row < seq_lens.shape[0]; ++row) {
         int64_t begin = cu_seqlens.as<int32_t>()[row] * group, end = cu_seqlens.as<int32_t>()[row + 1] * group;
         int64_t length = seq_lens.as<int32_t>()[row];
-        for (int64_t line = begin; line < end; line += LINES) {
-            Lines block{row, line, 0, std::min<int64_t>(LINES, end - line), {}};
-            for (int64_t n = 0; n < block.count; ++n) block.ends[n] = length - (end - 1 - line - n) / group;
-            keys += block.count * length;
-            blocks.push_back(block);
+        for (int64_t line = begin; line < end; line += BAND_LINES) {
+            int64_t next = std::min<int64_t>(line + BAND_LINES, end);
+            bands.push_back({row, line, next, length - ((end - 1) / group - (next - 1) / group)});
+            products += 2 * (next - line) * length * kv_heads * head_dim;
         }
     }
-    int64_t n = static_cast<int64_t>(blocks.size());
-    // A thread takes some heads, so that long rows and short ones fall to all alike.
-    parallel(n * kv_heads, threads_for(2 * keys * kv_heads * head_dim, threads), [&](int64_t first, int64_t last) {
-        for (int64_t task = first; task < last; ++task) {
-            Lines lines = blocks[task % n];
-            lines.head = task / n;
-            const int32_t* table = tables.as<int32_t>() + lines.row * tables.shape[1];
+    threads = threads_for(products, threads);
+    int64_t n = static_cast<int64_t>(bands.size());
+    // Fewer heads a task where there are too few tasks for all threads.
+    int64_t heads = std::clamp<int64_t>(kv_heads * n / threads, 1, std::min<int64_t>(HEADS, kv_heads));
+    int64_t parts = (kv_heads + heads - 1) / heads;
+    // A thread takes some heads of all rows, so that long rows and short ones fall to all alike.
+    parallel(n * parts, threads, [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task) {
+            const Band& band = bands[task % n];
+            int64_t first = task / n * heads;
+            const int32_t* table = tables.as<int32_t>() + band.row * tables.shape[1];
             Pages<K> own{pages[0].as<K>(), pages[2].as<K>(), pages[1].as<float>(), pages[3].as<float>(),
                          page_size,        kv_heads,         head_dim,             table};
-            attend<T>(own, lines, q, out);
+            attend<T>(own, band, first, std::min(heads, kv_heads - first), q, out);
         }
     });
 }

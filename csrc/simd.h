@@ -60,17 +60,37 @@ struct Lanes<Pair<T>> {
     static constexpr int N = 2 * Lanes<T>::N;
 };
 
+// g++ 12 widens in several steps where a processor has one.
+inline leaf_i32 widen(leaf_i8 v) {
+#if defined(LUMINA_AVX512)
+    return reinterpret_cast<leaf_i32>(_mm512_cvtepi8_epi32(reinterpret_cast<__m128i>(v)));
+#elif defined(LUMINA_AVX2)
+    return reinterpret_cast<leaf_i32>(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(reinterpret_cast<int64_t>(v))));
+#else
+    return __builtin_convertvector(v, leaf_i32);
+#endif
+}
+inline leaf_u32 widen(leaf_u16 v) {
+#if defined(LUMINA_AVX512)
+    return reinterpret_cast<leaf_u32>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(v)));
+#elif defined(LUMINA_AVX2)
+    return reinterpret_cast<leaf_u32>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(v)));
+#else
+    return __builtin_convertvector(v, leaf_u32);
+#endif
+}
+
 inline void load_leaf(leaf_f32& v, const float* p) { std::memcpy(&v, p, sizeof v); }
 inline void load_leaf(leaf_i32& v, const int32_t* p) { std::memcpy(&v, p, sizeof v); }
 inline void load_leaf(leaf_f32& v, const int8_t* p) {
     leaf_i8 narrow;
     std::memcpy(&narrow, p, sizeof narrow);
-    v = __builtin_convertvector(__builtin_convertvector(narrow, leaf_i32), leaf_f32);
+    v = __builtin_convertvector(widen(narrow), leaf_f32);
 }
 inline void load_leaf(leaf_f32& v, const bf16* p) {
     leaf_u16 narrow;
     std::memcpy(&narrow, p, sizeof narrow);
-    v = reinterpret_cast<leaf_f32>(__builtin_convertvector(narrow, leaf_u32) << 16);
+    v = reinterpret_cast<leaf_f32>(widen(narrow) << 16);
 }
 template <class T, class P>
 inline void load_leaf(Pair<T>& v, const P* p) {
