@@ -70,7 +70,7 @@ def qk_norm_rope(
 ) -> Tensor:
     pages = *_parts(k_pages), *_parts(v_pages)
     kv_heads, head_dim = pages[0].shape[2:]
-    q = qkv.new_empty(len(qkv), qkv.shape[1] // head_dim - 2 * kv_heads, head_dim)
+    q = qkv.new_empty(qkv.shape[0], qkv.shape[1] // head_dim - 2 * kv_heads, head_dim)
     _C.qk_norm_rope(qkv, (*q_norm, *k_norm), rope, positions, slots, pages, q, get_num_threads())
     return q
 
@@ -95,14 +95,14 @@ def _parts(pages: Tensor | QuantizedPages) -> tuple[Tensor, Tensor]:
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+    out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
     _C.silu_mul(gate_up, out, get_num_threads())
     return out
 
 
 def linear(x: Tensor, weight: PackedWeight) -> Tensor:
     """Multiply by a weight matrix that `pack` has made. Quantized weights round `x` to int8, by groups of 64."""
-    out = x.new_empty(len(x), weight.outputs)
+    out = x.new_empty(x.shape[0], weight.outputs)
     _C.linear(x, weight.panels, weight.scales, weight.bits, out, get_num_threads())
     return out
 

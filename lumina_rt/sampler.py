@@ -59,18 +59,9 @@ class Sampler:
         lines = sorted({line for pick in group for line in (pick.cond, pick.uncond)})
         at = {line: i for i, line in enumerate(lines)}
         logits, token_ids = head(hidden[lines], group)
-        tokens = self.model.ops.guided_sample(
-            logits,
-            self._int([at[pick.cond] for pick in group]),
-            self._int([at[pick.uncond] for pick in group]),
-            token_ids,
-            self._controls(group),
-            NoiseKeys(
-                seed=self._int([pick.seed for pick in group]),
-                image=self._int([pick.sample.index for pick in group]),
-                position=self._int([len(pick.sample.tokens) for pick in group]),
-            ),
-        ).tolist()
+        controls, keys = self._controls(group)
+        cond, uncond = self._columns([(at[pick.cond], at[pick.uncond]) for pick in group], torch.int64)
+        tokens = self.model.ops.guided_sample(logits, cond, uncond, token_ids, controls, keys).tolist()
         if min(tokens) < 0:
             raise FloatingPointError("the model's logits are not finite; expected numbers (are the weights sound?)")
         return tokens
@@ -79,7 +70,7 @@ class Sampler:
         return self.model.ops.linear(hidden, self.model.image_head), self.image_tokens
 
     def _size_logits(self, hidden: Tensor, group: list[Pick]) -> tuple[Tensor, Tensor]:
-        choices = self._int(group[0].sample.choices())
+        choices = torch.tensor(group[0].sample.choices(), device=self.device)
         return self.model.ops.linear(hidden, self.model.lm_head)[:, choices], choices
 
     def _text_logits(self, hidden: Tensor, group: list[Pick]) -> tuple[Tensor, Tensor]:
@@ -90,21 +81,21 @@ class Sampler:
                 logits[line, self.vocab.image_start] = float("-inf")
         return logits, self.all_tokens
 
-    def _controls(self, group: list[Pick]) -> Controls:
+    def _controls(self, group: list[Pick]) -> tuple[Controls, NoiseKeys]:
         prefix = "text_" if group[0].sample.next_draw is Draw.TEXT else ""
+        floats, whole = [], []
+        for pick in group:
+            params = pick.sample.params
+            temperature, top_k, top_p, min_p = (
+                getattr(params, prefix + name) for name in ("temperature", "top_k", "top_p", "min_p")
+            )
+            guidance = params.guidance_scale if pick.cond != pick.uncond else 1.0
+            floats.append((guidance, temperature, top_p, min_p))
+            whole.append((top_k, pick.seed, pick.sample.index, len(pick.sample.tokens)))
+        guidance, temperature, top_p, min_p = self._columns(floats, torch.float32)
+        top_k, *keys = self._columns(whole, torch.int64)
+        return Controls(guidance, temperature, top_k, top_p, min_p), NoiseKeys(*keys)
 
-        def column(name: str, dtype: torch.dtype) -> Tensor:
-            values = [getattr(pick.sample.params, prefix + name) for pick in group]
-            return torch.tensor(values, dtype=dtype, device=self.device)
-
-        guidance = [pick.sample.params.guidance_scale if pick.cond != pick.uncond else 1.0 for pick in group]
-        return Controls(
-            guidance=torch.tensor(guidance, dtype=torch.float32, device=self.device),
-            temperature=column("temperature", torch.float32),
-            top_k=column("top_k", torch.int64),
-            top_p=column("top_p", torch.float32),
-            min_p=column("min_p", torch.float32),
-        )
-
-    def _int(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
+    def _columns(self, rows: list[tuple], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """A tensor for each column, made by one copy to the device."""
+        return torch.tensor(list(zip(*rows, strict=True)), dtype=dtype, device=self.device).unbind()

@@ -187,6 +187,6 @@ def build_step(plan: list[Work], page_size: int, device: str) -> Step:
     n_blocks = max(len(table) for table in tables)
     tables = [table + [0] * (n_blocks - len(table)) for table in tables]
     return Step(
-        *(torch.tensor(values, dtype=torch.int64, device=device) for values in (tokens, positions, slots)),
+        *torch.tensor([tokens, positions, slots], dtype=torch.int64, device=device).unbind(),
         *(torch.tensor(values, dtype=torch.int32, device=device) for values in (tables, lengths, seq_lens)),
     )
