@@ -111,6 +111,8 @@ def _reading(annotation) -> dict:
         kinds = [annotation]
     if kinds == [tuple[int, int]]:
         return {"type": _size, "metavar": "WxH"}
+    if kinds == [str, int]:
+        return {"type": lambda text: int(text) if text.isdecimal() else text, "metavar": "NAME|N"}
     return {"type": kinds[0], "metavar": {int: "N", float: "X", str: "NAME"}[kinds[0]]}
 
 

@@ -6,6 +6,8 @@ Whether a size is one the model was trained on is not known here; the Engine che
 from dataclasses import dataclass
 from numbers import Integral, Real
 
+from lumina_rt.speculative import WINDOWS
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -68,6 +70,8 @@ class EngineConfig:
     max_num_seqs: the most rows of one step; a guided image takes two.
     max_num_batched_tokens: the most tokens of one step; a longer prompt is prefilled in chunks.
     max_model_len: the most tokens of one row, prompt and answer; 16 views of 384 x 384 and their prompt fit.
+    speculation: draws an image tries a step, up to 64; the pictures are the same whatever it is. "auto" takes what is
+        fastest by the steps so far, "off" is one.
     kv_cache_dtype: "int8" halves what the keys and values take in bf16; None keeps the model's own.
 
     Raises ValueError that names the value and what was expected.
@@ -80,6 +84,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 1024
     max_model_len: int = 10240
     kv_cache_dtype: str | None = None
+    speculation: str | int = "auto"
 
     def __post_init__(self):
         _take_int(self, "page_size", 16)
@@ -90,6 +95,10 @@ class EngineConfig:
         _take_float(self, "kv_cache_gib", 0, 1 << 20, above=True)
         if self.kv_cache_dtype not in (None, "int8"):
             raise ValueError(f"kv_cache_dtype is {self.kv_cache_dtype!r}; expected 'int8' or None")
+        if self.speculation not in ("auto", "off"):
+            if isinstance(self.speculation, str):
+                raise ValueError(f"speculation is {self.speculation!r}; expected 'auto', 'off' or a number of draws")
+            _take_int(self, "speculation", 1, WINDOWS[-1])
         _take_int(self, "max_num_seqs", 2)
         _take_int(self, "max_num_batched_tokens", 16)
         _take_int(self, "max_model_len", 16)

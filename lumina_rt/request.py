@@ -14,6 +14,7 @@ import numpy as np
 from lumina_rt import unirep
 from lumina_rt.kv_cache import Lease, Row
 from lumina_rt.params import SamplingParams
+from lumina_rt.speculative import Guesses
 from lumina_rt.tokenizer import TextStream
 from lumina_rt.unirep import Layout, Slot
 from lumina_rt.vocab import Vocab
@@ -60,6 +61,7 @@ class Sample:
         self._asked = Layout.from_size(*params.size, grammar.factor) if params.size else None
         self.image_start: int | None = None
         self.layout: Layout | None = None
+        self.guesses: Guesses | None = None  # of the image that has this layout
         self.images: list[np.ndarray] = []
         self.finish_reason: str | None = None
         self.closed: list[Row] = []  # rows of finished images, whose pages can be given back
@@ -97,6 +99,22 @@ class Sample:
         """The tokens of `row` that are known and not cached yet."""
         start = self.image_start if row is self.uncond else 0
         return self.tokens[start + row.n_cached :]
+
+    def draft(self, n_draws: int, n_tokens: int) -> tuple[list[int], list[int]]:
+        """Guess tokens to be fed behind the known ones, and tell which indices of `tokens` a step can then draw.
+
+        n_draws, n_tokens: the most indices, and the most guesses. Outside images there is one index and no guess.
+        """
+        if n_draws == 1 or self.layout is None:
+            return [], [len(self.tokens)]
+        start = self.image_start
+        draft, indices = self.guesses.draft(self.tokens[start:], n_draws, n_tokens)
+        return draft, [start + i for i in indices]
+
+    def note(self, indices: list[int], drawn: list[int]) -> None:
+        """Remember what was drawn behind guesses that turned out wrong."""
+        for index, token in zip(indices, drawn, strict=True):
+            self.guesses.note(index - self.image_start, token)
 
     def choices(self) -> list[int]:
         """The tokens that may stand at an open grid slot: legal sizes whose image still fits, in ascending order."""
@@ -141,9 +159,10 @@ class Sample:
         i = len(self.tokens) - self.image_start  # tokens of this image so far
         if i == 3:
             self.layout = Layout.from_grid(*(vocab.grid_count(t) for t in self.tokens[-2:]))
+            self.guesses = Guesses(self.layout, vocab.end_of_line)
         elif i > 3 and i == self.layout.n_tokens:
             self.images.append(unirep.decode(self.tokens[self.image_start :], vocab))
-            self.image_start = self.layout = None
+            self.image_start = self.layout = self.guesses = None
             if self.uncond is not None:
                 self.closed.append(self.uncond)
                 self.uncond = None

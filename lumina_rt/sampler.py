@@ -20,10 +20,14 @@ from lumina_rt.vocab import Vocab
 
 @dataclass
 class Pick:
-    """One draw to make. cond, uncond: lines of the step's hidden states; equal where there is no guidance."""
+    """One draw to make: the token `index` of a sample.
+
+    cond, uncond: lines of the step's hidden states; equal where there is no guidance.
+    """
 
     sample: Sample
     seed: int
+    index: int
     cond: int
     uncond: int
 
@@ -91,7 +95,7 @@ class Sampler:
             )
             guidance = params.guidance_scale if pick.cond != pick.uncond else 1.0
             floats.append((guidance, temperature, top_p, min_p))
-            whole.append((top_k, pick.seed, pick.sample.index, len(pick.sample.tokens)))
+            whole.append((top_k, pick.seed, pick.sample.index, pick.index))
         guidance, temperature, top_p, min_p = self._columns(floats, torch.float32)
         top_k, *keys = self._columns(whole, torch.int64)
         return Controls(guidance, temperature, top_k, top_p, min_p), NoiseKeys(*keys)

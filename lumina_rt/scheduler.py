@@ -14,20 +14,23 @@ from lumina_rt.kv_cache import KVCache, PagePool, PrefixStore, Row
 from lumina_rt.model import Step
 from lumina_rt.params import EngineConfig
 from lumina_rt.request import Request, Sample
+from lumina_rt.speculative import Pace
 
 
 @dataclass
 class Work:
     """What one sample feeds in a step: tokens of its conditional and of its unconditional row.
 
-    draws: whether the step ends with everything known fed, so that the next token can be drawn.
+    n_cond, n_uncond: tokens of each row, the draft among them.  indices: of the sample's tokens that the step can draw,
+    none unless everything known is fed.  draft: guesses of what stands between the first and the last of them.
     """
 
     request: Request
     sample: Sample
     n_cond: int
     n_uncond: int
-    draws: bool
+    indices: list[int]
+    draft: list[int]
 
     def rows(self) -> list[tuple[Row, int]]:
         rows = [(self.sample.cond, self.n_cond), (self.sample.uncond, self.n_uncond)]
@@ -39,6 +42,7 @@ class Scheduler:
         self.config, self.cache = config, cache
         self.pool = PagePool(num_pages)
         self.prefixes = PrefixStore(self.pool, config.page_size)
+        self.pace = Pace(config.speculation)
         self.waiting: deque[Request] = deque()
         self.running: deque[Request] = deque()
 
@@ -61,12 +65,14 @@ class Scheduler:
         self._admit(now)
         budget = self.config.max_num_batched_tokens
         runnable = [(request, sample) for request in self.running for sample in self._runnable(request)]
+        drawing = [sample for _, sample in runnable if sample.layout]
+        n_draws = self.pace.window(sum(2 if sample.uncond else 1 for sample in drawing))
         # Rows that decode go before prompts, so that a long prompt stops no image; but who has waited longest goes
         # first of all, so that a small budget starves nobody.
         runnable.sort(key=lambda pair: (-pair[1].n_waited, pair[1].is_prefilling))
         plan: list[Work] = []
         for request, sample in runnable:
-            work = self._share_out(request, sample, budget)
+            work = self._share_out(request, sample, budget, n_draws)
             sample.n_waited = 0 if work else sample.n_waited + 1
             if work is None:
                 continue
@@ -80,24 +86,31 @@ class Scheduler:
         samples = request.samples if request.has_forked else request.samples[:1]
         return [sample for sample in samples if not sample.finish_reason]
 
-    def _share_out(self, request: Request, sample: Sample, budget: int) -> Work | None:
+    def _share_out(self, request: Request, sample: Sample, budget: int, n_draws: int) -> Work | None:
         n_cond = len(sample.tokens) - sample.cond.n_cached
         n_uncond = len(sample.pending(sample.uncond)) if sample.is_guided else 0
         if n_cond + n_uncond <= budget:
-            return Work(request, sample, n_cond, n_uncond, draws=True)
+            n_rows = 2 if n_uncond else 1
+            draft, indices = sample.draft(n_draws, (budget - n_cond - n_uncond) // n_rows)
+            n_draft = len(draft)
+            return Work(request, sample, n_cond + n_draft, n_uncond and n_uncond + n_draft, indices, draft)
         # A chunk leaves at least one token, so that both rows end, and the draw is made, in the same step.
         n_chunk = min(n_cond - 1, budget)
-        return Work(request, sample, n_chunk, 0, draws=False) if n_chunk > 0 else None
+        return Work(request, sample, n_chunk, 0, [], []) if n_chunk > 0 else None
 
-    def commit(self, plan: list[Work]) -> None:
-        """Count what the step has cached, and let the other samples of a prefilled request begin."""
+    def commit(self, plan: list[Work], n_held: list[int]) -> None:
+        """Count what the step has cached, and let the other samples of a prefilled request begin.
+
+        n_held: for each work, how many of its draws hold; what was fed behind the last of them is not counted.
+        """
         for request in {id(work.request): work.request for work in plan}.values():
             request.n_steps += 1
-        for work in plan:
-            for row, n in work.rows():
-                row.n_cached += n
+        for work, n in zip(plan, n_held, strict=True):
+            n_wrong = len(work.draft) - (work.indices[n - 1] - work.indices[0]) if n else 0
+            for row, n_fed in work.rows():
+                row.n_cached += n_fed - n_wrong
             request = work.request
-            if work.draws and not request.has_forked:
+            if n and not request.has_forked:
                 request.has_forked = True
                 leader = request.samples[0]
                 for sample in request.samples[1:]:
@@ -178,7 +191,7 @@ def build_step(plan: list[Work], page_size: int, device: str) -> Step:
     for work in plan:
         for row, n in work.rows():
             places = range(row.n_cached, row.n_cached + n)
-            tokens += work.sample.pending(row)[:n]
+            tokens += (work.sample.pending(row) + work.draft)[:n]
             positions += places
             slots += [row.pages[place // page_size] * page_size + place % page_size for place in places]
             lengths.append(lengths[-1] + n)

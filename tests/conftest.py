@@ -29,5 +29,6 @@ def plain_ops(monkeypatch):
 
 @pytest.fixture
 def engine(checkpoint):
-    """A fresh Engine on the tiny checkpoint, with small pages."""
-    return Engine.from_pretrained(checkpoint, device="cpu", page_size=16, num_pages=256, max_model_len=1024)
+    """A fresh Engine on the tiny checkpoint, with small pages and one draw a step."""
+    options = {"page_size": 16, "num_pages": 256, "max_model_len": 1024}
+    return Engine.from_pretrained(checkpoint, device="cpu", speculation="off", **options)

@@ -485,6 +485,6 @@ def test_the_engine_options_reach_the_engine(monkeypatch, plain):
     monkeypatch.setattr(Engine, "from_pretrained", spy)
     values = {"page_size": 32, "num_pages": 9, "kv_cache_gib": 1.5, "max_num_seqs": 4, "max_num_batched_tokens": 64}
     values |= {"max_model_len": 128, "tokenizer": "t", "vqgan": "v", "dtype": "float32", "device": "cpu", "model": "m"}
-    values |= {"quantization": "int4", "kv_cache_dtype": "int8"}
+    values |= {"quantization": "int4", "kv_cache_dtype": "int8", "speculation": 8}
     plain("generate", "a dog", *[f"--{name.replace('_', '-')}={value}" for name, value in values.items()])
     assert seen == values

@@ -37,7 +37,7 @@ def sample(engine, n_answer=500, **params):
 def draw(engine, *samples):
     """Draw once for each sample from random hidden states, two lines each."""
     hidden = torch.randn(2 * len(samples), engine.model.config.hidden, generator=torch.Generator().manual_seed(0))
-    picks = [Pick(s, 7, 2 * i, 2 * i + (1 if s.is_guided else 0)) for i, s in enumerate(samples)]
+    picks = [Pick(s, 7, len(s.tokens), 2 * i, 2 * i + (1 if s.is_guided else 0)) for i, s in enumerate(samples)]
     return Sampler(engine.model, engine.tokenizer.vocab).draw(picks, hidden), hidden
 
 
@@ -88,7 +88,7 @@ def test_open_sizes_are_drawn_among_the_legal_ones(engine):
     for seed in range(30):
         fresh = sample(engine, num_images=1)
         hidden = torch.randn(1, engine.model.config.hidden) * 3
-        pick = Pick(fresh, seed, 0, 0)
+        pick = Pick(fresh, seed, len(fresh.tokens), 0, 0)
         sampler = Sampler(engine.model, vocab)
         (height,) = sampler.draw([pick], hidden)
         assert height in heights
@@ -106,11 +106,11 @@ def test_a_mixed_step_draws_what_separate_steps_draw(engine):
     together, hidden = draw(engine, *samples())
     sampler = Sampler(engine.model, engine.tokenizer.vocab)
     for i, one in enumerate(samples()):
-        alone = sampler.draw([Pick(one, 7, 0, 1 if one.is_guided else 0)], hidden[2 * i : 2 * i + 2])
+        alone = sampler.draw([Pick(one, 7, len(one.tokens), 0, 1 if one.is_guided else 0)], hidden[2 * i : 2 * i + 2])
         assert alone == [together[i]]
 
 
 def test_logits_that_are_not_finite_are_an_error(engine):
     hidden = torch.full((1, engine.model.config.hidden), torch.nan)
     with pytest.raises(FloatingPointError, match="not finite"):
-        Sampler(engine.model, engine.tokenizer.vocab).draw([Pick(sample(engine), 0, 0, 0)], hidden)
+        Sampler(engine.model, engine.tokenizer.vocab).draw([Pick(sample(engine), 0, 1, 0, 0)], hidden)

@@ -1,0 +1,125 @@
+"""Several tokens a step, exactly: guesses of the next codes of an image are fed with it, and kept while they are right.
+
+A draw is argmax(log p + G) with noise G that depends on (seed, image, position, token) alone, so whether a guess is
+right is known as soon as its place is drawn: the tokens are those of one draw a step, whatever was guessed (after
+Wiggers & Hoogeboom, ICML 2020, arXiv 2002.09928). What is wrong costs nothing but its part of the step; its keys and
+values are overwritten. A guess is what the last step drew at its place, behind a past that was guessed itself
+(Jacobi decoding), and for places that are new the left neighbour, which a drawn picture repeats most often.
+"""
+
+from collections import defaultdict, deque
+from statistics import median
+
+from lumina_rt.unirep import Layout, Slot
+
+# Draws a step that are tried. Each costs a token of both rows.
+WINDOWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+
+
+class Guesses:
+    """What the codes of one image may be before they are drawn. Indices count from `<start-of-image>`."""
+
+    def __init__(self, layout: Layout, end_of_line: int):
+        self.layout, self.end_of_line = layout, end_of_line
+        self._later: dict[int, int] = {}  # index -> what was drawn there behind a guessed past
+
+    def draft(self, known: list[int], n_draws: int, n_tokens: int) -> tuple[list[int], list[int]]:
+        """Guess what follows `known`, the tokens of the image so far, of which the next is a code.
+
+        Returns (draft, indices): tokens to be fed behind the known ones, at most `n_tokens`, line ends among them,
+        and the indices that can then be drawn: at most `n_draws`, the first one len(known).
+        """
+        tokens, first = list(known), len(known)
+        indices = [first]
+        while len(indices) < n_draws:
+            tokens.append(self._guess(tokens))
+            if self.layout.slot(len(tokens)) is Slot.END_OF_LINE:
+                tokens.append(self.end_of_line)
+            if len(tokens) - first > n_tokens or self.layout.slot(len(tokens)) is not Slot.CODE:
+                break
+            indices.append(len(tokens))
+        return tokens[first : indices[-1]], indices
+
+    def note(self, index: int, code: int) -> None:
+        """Remember what was drawn behind a past that turned out wrong."""
+        self._later[index] = code
+
+    def _guess(self, known: list[int]) -> int:
+        if len(known) in self._later:
+            return self._later[len(known)]
+        # A row begins below the beginning of the one before.
+        return known[-self.layout.columns - 1] if known[-1] == self.end_of_line else known[-1]
+
+
+def accepted(draft: list[int], indices: list[int], drawn: list[int]) -> int:
+    """How many of the draws of a window hold: those whose past was guessed right, the first one always.
+
+    draft, indices: as of `Guesses.draft`.  drawn: a token for each index.
+    """
+    n = 1
+    for index, token in zip(indices[:-1], drawn, strict=False):
+        if draft[index - indices[0]] != token:
+            break
+        n += 1
+    return n
+
+
+class Pace:
+    """How many draws to try a step, from what steps have cost and how many draws have held.
+
+    speculation: a number of draws, "off" for one, or "auto" for the number that commits most codes a second here.
+    The time of a step grows with its tokens, from one size to the next no slower than before; so the next larger
+    window is tried where the line through the last two sizes promises that it pays, and none beyond it.
+    """
+
+    def __init__(self, speculation: str | int):
+        self.speculation = speculation
+        self._seconds: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=9))  # by tokens of a step
+        self._held = [1.0] + [0.5] * (WINDOWS[-1] - 1)  # how often draw i of a window held
+
+    def window(self, n_rows: int) -> int:
+        """The number of draws for each image of the next step, of which each takes a token of `n_rows` rows."""
+        if self.speculation != "auto":
+            return 1 if self.speculation == "off" else self.speculation
+        if not n_rows or not self._seconds:
+            return 1
+        best, best_pace, expected = 1, 0.0, 0.0
+        for n_draws in range(1, WINDOWS[-1] + 1):
+            expected += self._held[n_draws - 1]
+            if n_draws in WINDOWS:
+                pace = expected / self._predict(n_draws * n_rows)
+                if pace > best_pace:
+                    best, best_pace = n_draws, pace
+                if _size(n_draws * n_rows) not in self._seconds:
+                    break
+        return best
+
+    def observe(self, n_tokens: int, seconds: float) -> None:
+        """Take in what a step of so many tokens took."""
+        self._seconds[_size(n_tokens)].append(seconds)
+
+    def learn(self, n_draws: int, n_held: int) -> None:
+        """Take in how many draws of a window held."""
+        for i in range(1, n_draws):
+            self._held[i] += 0.03 * ((i < n_held) - self._held[i])
+        # Deeper ones hold at most as often as the last that was tried.
+        for i in range(n_draws, len(self._held)):
+            self._held[i] = min(self._held[i], self._held[i - 1])
+
+    def _predict(self, n_tokens: int) -> float:
+        size = _size(n_tokens)
+        known = sorted((n, median(times)) for n, times in self._seconds.items())
+        smaller = [point for point in known if point[0] <= size]
+        if not smaller:
+            return known[0][1] * size / known[0][0]
+        (n, seconds), slope = smaller[-1], 0.0
+        if len(smaller) > 1 and n < size:
+            before, seconds_before = smaller[-2]
+            slope = max(0.0, (seconds - seconds_before) / (n - before))
+        return seconds + slope * (size - n)
+
+
+def _size(n_tokens: int) -> int:
+    """A step's tokens, rounded up to one of four numbers between powers of two."""
+    step = max(1, 1 << max(0, (n_tokens - 1).bit_length() - 3))
+    return -(-n_tokens // step) * step
