@@ -36,6 +36,11 @@ class QuantizedPages(NamedTuple):
     scales: Tensor
 
 
+def pages_and_scales(pages: Tensor | QuantizedPages) -> tuple[Tensor, Tensor]:
+    """Values, and their scales; pages in a float dtype stand for both, for a kernel that then reads no scales."""
+    return pages if isinstance(pages, QuantizedPages) else (pages, pages)
+
+
 def quantize(weight: Tensor, bits: int) -> QuantizedWeight:
     """Round a matrix to int8 or int4.
 

@@ -1,10 +1,15 @@
 """Fixtures that several files share. Random checkpoints stand in for real weights; no test needs a network."""
 
+import os
+
 import pytest
 import torch
 from lumina_rt.kernels import reference
 
 from lumina_rt import Engine, dummy
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which no code before this does
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lumina_rt.kernels import Controls, NoiseKeys, cpu, reference
+from lumina_rt.kernels import cpu, reference
 from lumina_rt.kernels.quantization import GROUP, QuantizedPages, QuantizedWeight, dequantize, quantize
+from op_inputs import assert_close, assert_parity, attention_inputs, double, draw_inputs, int8_pages, randn
 
 from lumina_rt import _C, kernels
 
@@ -27,36 +28,6 @@ def isa(request):
     _C.use_isa(before)
 
 
-def randn(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def double(value):
-    if isinstance(value, torch.Tensor):
-        return value.double() if value.is_floating_point() else value
-    if isinstance(value, QuantizedPages):
-        return QuantizedPages(*map(double, value))
-    return tuple(map(double, value)) if isinstance(value, tuple) else value
-
-
-def assert_parity(op, *args, dtype):
-    """The rule: no farther from the exact result than twice what torch is in this dtype, plus its epsilon."""
-    ours, theirs = getattr(cpu, op)(*args), getattr(reference, op)(*args)
-    exact = getattr(reference, op)(*map(double, args))
-    for out, torch_out, truth in zip(
-        *((x if isinstance(x, tuple) else (x,)) for x in (ours, theirs, exact)), strict=True
-    ):
-        assert_close(out, torch_out, truth, dtype)
-
-
-def assert_close(out, torch_out, truth, dtype):
-    assert out.dtype == dtype
-    assert out.shape == truth.shape
-    scale = truth.abs().max()
-    error, allowed = (out - truth).abs().max() / scale, 2 * (torch_out - truth).abs().max() / scale
-    assert error <= allowed + torch.finfo(dtype).eps, (float(error), float(allowed))
-
-
 def test_every_op_has_the_signature_of_the_reference():
     for name in (*kernels.OPS, "pack"):
         ours, theirs = (inspect.signature(getattr(module, name)) for module in (cpu, reference))
@@ -67,9 +38,9 @@ def test_every_op_has_the_signature_of_the_reference():
 @pytest.mark.parametrize(("n", "hidden"), [(2, 4096), (1, 192), (3, 15), (5, 17), (1, 1)])
 def test_norms_and_silu_match_the_reference(dtype, n, hidden):
     x, residual, weight = (randn(n, hidden, seed=i, dtype=dtype) for i in range(3))
-    assert_parity("rms_norm", x, weight[0], 1e-5, dtype=dtype)
-    assert_parity("add_rms_norm", x, residual, weight[0], 1e-5, dtype=dtype)
-    assert_parity("silu_mul", 3 * randn(n, 2 * hidden, dtype=dtype), dtype=dtype)
+    assert_parity(cpu, "rms_norm", x, weight[0], 1e-5, dtype=dtype)
+    assert_parity(cpu, "add_rms_norm", x, residual, weight[0], 1e-5, dtype=dtype)
+    assert_parity(cpu, "silu_mul", 3 * randn(n, 2 * hidden, dtype=dtype), dtype=dtype)
 
 
 def test_silu_is_right_where_exp_leaves_the_range_of_floats():
@@ -78,21 +49,6 @@ def test_silu_is_right_where_exp_leaves_the_range_of_floats():
     torch.testing.assert_close(
         cpu.silu_mul(gate_up), reference.silu_mul(gate_up), rtol=1e-6, atol=1e-35, equal_nan=True
     )
-
-
-def attention_inputs(dtype, heads, kv_heads, head_dim, page_size, rows):
-    """rows: pairs (tokens cached, queries)."""
-    n_blocks = [-(-length // page_size) for length, _ in rows]
-    pages = sum(n_blocks) + 1
-    order = torch.randperm(pages, generator=torch.Generator().manual_seed(1)).int()
-    tables, used = torch.zeros(len(rows), max(n_blocks), dtype=torch.int32), 0
-    for row, n in enumerate(n_blocks):
-        tables[row, :n] = order[used : used + n]
-        used += n
-    cu_seqlens = torch.tensor([0, *(n for _, n in rows)]).cumsum(0).int()
-    seq_lens = torch.tensor([length for length, _ in rows], dtype=torch.int32)
-    k_pages, v_pages = (randn(pages, page_size, kv_heads, head_dim, seed=i, dtype=dtype) for i in (2, 3))
-    return randn(int(cu_seqlens[-1]), heads, head_dim, dtype=dtype), k_pages, v_pages, tables, cu_seqlens, seq_lens
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -108,13 +64,7 @@ def attention_inputs(dtype, heads, kv_heads, head_dim, page_size, rows):
 )
 def test_attention_matches_the_reference(dtype, heads, kv_heads, head_dim, page_size, rows):
     args = attention_inputs(dtype, heads, kv_heads, head_dim, page_size, rows)
-    assert_parity("paged_attention", *args, dtype=dtype)
-
-
-def int8_pages(pages):
-    """The same keys or values in int8, as the reference keeps them."""
-    scales = pages.float().abs().amax(-1) / 127
-    return QuantizedPages((pages / scales[..., None]).round().to(torch.int8), scales)
+    assert_parity(cpu, "paged_attention", *args, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -124,7 +74,7 @@ def int8_pages(pages):
 )
 def test_attention_over_int8_pages_matches_the_reference(dtype, heads, kv_heads, head_dim, page_size, rows):
     q, k_pages, v_pages, *rest = attention_inputs(dtype, heads, kv_heads, head_dim, page_size, rows)
-    assert_parity("paged_attention", q, int8_pages(k_pages), int8_pages(v_pages), *rest, dtype=dtype)
+    assert_parity(cpu, "paged_attention", q, int8_pages(k_pages), int8_pages(v_pages), *rest, dtype=dtype)
 
 
 def test_attention_does_not_look_at_what_lies_beyond_a_row():
@@ -284,17 +234,6 @@ def test_results_do_not_depend_on_the_number_of_threads():
     for linear, attended in found[1:]:
         assert torch.equal(linear, found[0][0])
         assert torch.equal(attended, found[0][1])
-
-
-def draw_inputs(m, columns, seed, dtype=torch.float32, **chosen):
-    values = {"guidance": 3.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | chosen
-    controls = [
-        torch.full((m,), values[name], dtype=torch.int64 if name == "top_k" else torch.float32)
-        for name in Controls._fields
-    ]
-    keys = NoiseKeys(torch.arange(m) * (2**33 + 1) + seed, torch.arange(m) % 3, torch.arange(m) + 2**20)
-    logits = 3 * randn(2 * m, columns, seed=seed, dtype=dtype)
-    return logits, torch.arange(m), torch.arange(m) + m, torch.arange(columns) * 3 + 4, Controls(*controls), keys
 
 
 @settings(max_examples=60, deadline=None)
