@@ -16,7 +16,6 @@ from torch import Tensor
 
 BLOCK = 8192  # columns in registers: with 16 warps 16 a thread; not yet measured
 SMALL_BLOCK = 1024  # for size tokens and small vocabularies: with 4 warps 8 a thread; not yet measured
-MORE = 1024  # further columns at a time, and columns that are drawn from at a time: few, to need few registers
 
 
 @triton.jit
@@ -57,24 +56,23 @@ def _weigh(scores, top, border, share, BY_MASS: tl.constexpr):
 
 
 @triton.jit
-def _weight_from(
-    row, scores, order, top, border, share, BY_MASS: tl.constexpr, BLOCK: tl.constexpr, MORE: tl.constexpr
-):
-    """Sum of the weights of all scores from `order` on."""
-    weight = tl.sum(tl.where(_order(scores) >= order, _weigh(scores, top, border, share, BY_MASS), 0.0), axis=0)
+def _weight_from(row, order, weights, tried, top, border, share, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum of the weights of all scores from `tried` on; `order` and `weights` are those of the first BLOCK columns."""
+    weight = tl.sum(tl.where(order >= tried, weights, 0.0), axis=0)
+    MORE: tl.constexpr = BLOCK // 2
     for first in range(BLOCK, row[5], MORE):
         more = _load_scores(row, first, MORE)
-        weight += tl.sum(tl.where(_order(more) >= order, _weigh(more, top, border, share, BY_MASS), 0.0), axis=0)
+        weight += tl.sum(tl.where(_order(more) >= tried, _weigh(more, top, border, share, BY_MASS), 0.0), axis=0)
     return weight
 
 
 @triton.jit
-def _reach(row, scores, target, top, border, share, BY_MASS: tl.constexpr, BLOCK: tl.constexpr, MORE: tl.constexpr):
+def _reach(row, order, weights, target, top, border, share, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
     """The largest score of which the weights of all as large, or larger, add up to `target`."""
     found = tl.zeros((), dtype=tl.uint32)
     bit = tl.full((), 0x80000000, dtype=tl.uint32)
     for _ in range(32):
-        weight = _weight_from(row, scores, found | bit, top, border, share, BY_MASS, BLOCK, MORE)
+        weight = _weight_from(row, order, weights, found | bit, top, border, share, BY_MASS, BLOCK)
         found = tl.where(weight >= target, found | bit, found)
         bit = bit >> 1
     return _value(found)
@@ -110,7 +108,7 @@ def _best(scores, first, columns, threshold, token_ids_ptr, key, is_drawn, BLOCK
 @triton.jit
 def _guided_sample_kernel(
     logits_ptr, cond_ptr, uncond_ptr, token_ids_ptr, guidance_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr,
-    seed_ptr, image_ptr, position_ptr, out_ptr, columns, BLOCK: tl.constexpr, MORE: tl.constexpr,
+    seed_ptr, image_ptr, position_ptr, out_ptr, columns, BLOCK: tl.constexpr,
 ):  # fmt: skip
     draw = tl.program_id(0)
     cond, uncond = tl.load(cond_ptr + draw), tl.load(uncond_ptr + draw)
@@ -123,6 +121,7 @@ def _guided_sample_kernel(
     )  # fmt: skip
     key = tl.load(seed_ptr + draw), tl.load(image_ptr + draw), tl.load(position_ptr + draw)
 
+    MORE: tl.constexpr = BLOCK // 2  # further columns at a time, and columns to draw from: few, as registers are
     scores = _load_scores(row, 0, BLOCK)
     top = tl.max(scores, axis=0)
     n_bad = tl.sum(tl.where(scores < float("inf"), 0, 1), axis=0)
@@ -136,17 +135,20 @@ def _guided_sample_kernel(
 
     threshold, share = tl.where(is_drawn, float("-inf"), top), top * 0 + 1
     top_k, top_p = tl.load(top_k_ptr + draw), tl.load(top_p_ptr + draw)
+    order = _order(scores)
     if is_drawn & (top_k > 0) & (top_k < columns):
-        threshold = _reach(row, scores, top_k.to(tl.float32), top, threshold, share, False, BLOCK, MORE)
+        ones = tl.full((BLOCK,), 1.0, tl.float32)
+        threshold = _reach(row, order, ones, top_k.to(tl.float32), top, threshold, share, False, BLOCK)
         if top_p < 1:
             # Of what ties with the last of the top k, only as many as fit into k have mass.
-            order = _order(threshold)
-            above = _weight_from(row, scores, order + 1, top, threshold, share, False, BLOCK, MORE)
-            equal = _weight_from(row, scores, order, top, threshold, share, False, BLOCK, MORE) - above
+            border = _order(threshold)
+            above = _weight_from(row, order, ones, border + 1, top, threshold, share, False, BLOCK)
+            equal = _weight_from(row, order, ones, border, top, threshold, share, False, BLOCK) - above
             share = (top_k.to(tl.float32) - above) / equal
     if is_drawn & (top_p < 1):
-        target = top_p * _weight_from(row, scores, tl.zeros((), tl.uint32), top, threshold, share, True, BLOCK, MORE)
-        threshold = tl.maximum(threshold, _reach(row, scores, target, top, threshold, share, True, BLOCK, MORE))
+        mass = _weigh(scores, top, threshold, share, True)
+        target = top_p * _weight_from(row, order, mass, 0, top, threshold, share, True, BLOCK)
+        threshold = tl.maximum(threshold, _reach(row, order, mass, target, top, threshold, share, True, BLOCK))
     threshold = tl.maximum(threshold, top + tl.log(tl.load(min_p_ptr + draw)))
 
     best, best_col = top * 0 + float("-inf"), tl.zeros((), tl.int32)
@@ -180,6 +182,6 @@ def guided_sample(
     # No product joined with a sum: scores are then the same bits as the reference's, and so are ties.
     _guided_sample_kernel[(m,)](
         logits, cond, uncond, token_ids, *controls, *keys, out, columns,
-        BLOCK=block, MORE=MORE, num_warps=num_warps, enable_fp_fusion=False,
+        BLOCK=block, num_warps=num_warps, enable_fp_fusion=False,
     )  # fmt: skip
     return out
