@@ -6,7 +6,7 @@
 A program makes one draw. It holds the scores of its first 8192 columns in registers, which are all of an image's codes,
 and makes those of further columns anew from the logits in each pass. What is kept is what reaches a threshold, found
 by bisection over the 32 bits of a float: 32 sums for top-k, and 32 for top-p where it is below 1. Bytes: two rows of
-logits; time goes to the sums, which wait for each other.
+logits; time goes to the sums, which wait for each other. A processor holds one program.
 """
 
 import triton

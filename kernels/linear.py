@@ -2,14 +2,16 @@
 
     out[row, output] = sum over groups of scale[output, group] * (sum over the group of x[row, i] * w[output, i])
 
-Whole numbers up to 127 are exact in 16 bits, so that only sums round. A program takes 16 or 32 outputs and 16 to 64
-rows. It walks eight groups of 64 inputs at a time, one group a warp: inputs are split over the warps of one program
-and not over programs, so there is one launch, and the eight sums are joined in a fixed order. Rows are padded to
-16, as tensor cores want. A row's result is the same bits for any number of rows.
-torch does not promise that of the product with float weights.
+Whole numbers up to 127 are exact in 16 bits, so that only sums round. A program takes 16 or 32 outputs and 8 to 32
+rows. It walks eight groups of 64 inputs at a time, one group a warp: inputs are split over the warps of a program and
+not over programs, so that one launch does, and the eight sums are joined in a fixed order. The weights are what
+tensor cores take 16 of, so few rows waste little: they are padded to 8. A row's result is the same bits for any number
+of rows; torch does not promise that of the product with float weights.
 
-Bytes: the weights once (1 or 1/2 byte each, and 2 for each 64), for each 64 rows; from the cache x once a program.
-`pack` puts what a program reads at a time into one piece: 16 outputs x 64 inputs, one after another.
+Bytes: the weights once for each 32 rows, from memory the first time (1 or 1/2 byte each, and 2 for each 64); from the
+cache x once a program. From some 64 rows on x is the most of it: larger tiles would pay there. `pack` puts what a
+program reads at a time side by side: 16 outputs x 64 inputs, a group after another. At 2 rows a processor holds two
+programs at least (three or more on an A100, H100 or B200), at 32 one.
 """
 
 from typing import NamedTuple
@@ -21,7 +23,7 @@ import triton.language as tl
 from lumina_rt.kernels.quantization import GROUP, QuantizedWeight
 from torch import Tensor
 
-PANEL = 16  # outputs that lie together
+PANEL = 16  # outputs that lie together, as many as a tensor core takes
 SPLITS = 8  # groups at a time, one a warp; fixed, since it decides the order of the sums
 
 
@@ -128,21 +130,21 @@ def linear(x: Tensor, weight: Tensor | PackedWeight) -> Tensor:
     assert inputs % GROUP == 0
 
     out = x.new_empty(n, outputs)
-    block_out, block_rows, num_stages = _tile(n)
-    grid = (triton.cdiv(n, block_rows), panels * PANEL // block_out)
+    tile = _tile(n)
+    grid = (triton.cdiv(n, tile["BLOCK_ROWS"]), panels * PANEL // tile["BLOCK_OUT"])
     _linear_kernel[grid](
         x, values, scales, out, n, INPUTS=inputs, OUTPUTS=outputs, GROUPS=groups,
         IS_INT4=values.dtype == torch.uint8, GROUP=GROUP, PANEL=PANEL, SPLITS=SPLITS,
-        BLOCK_OUT=block_out, BLOCK_ROWS=block_rows, num_warps=SPLITS, num_stages=num_stages, enable_fp_fusion=False,
+        num_warps=SPLITS, enable_fp_fusion=False, **tile,
     )  # fmt: skip
     return out
 
 
-def _tile(n: int) -> tuple[int, int, int]:
-    """Outputs and rows of a program, and how many loads are in flight and at work; not yet measured.
-
-    More rows share the weights, more outputs share x; 32 of both is as much as registers and 99 KB of memory hold.
-    """
+def _tile(n: int) -> dict[str, int]:
+    """Outputs and rows of a program. More rows share the weights, more outputs share x; not yet measured."""
     if n <= 8:
-        return 16, 8, 4
-    return (16, 16, 3) if n <= 16 else (32, 32, 3)
+        return {"BLOCK_OUT": 16, "BLOCK_ROWS": 8, "num_stages": 4}
+    if n <= 16:
+        return {"BLOCK_OUT": 16, "BLOCK_ROWS": 16, "num_stages": 3}
+    # As much as the 99 KB of an sm_89 hold. Left to itself ptxas takes 128 registers on sm_90, and spills two.
+    return {"BLOCK_OUT": 32, "BLOCK_ROWS": 32, "num_stages": 3, "maxnreg": 168}

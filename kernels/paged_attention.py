@@ -10,7 +10,8 @@ whatever else is in the step. The grid is made from shapes alone; a program find
 
 Bytes: keys and values of a row once for each of its tiles, from the cache but for the first; n * heads * head_dim read
 and written. With splits 4 * (head_dim + 2) bytes a line and split on top, 1/250 of the keys and values in a decode
-step of a 7B model. The products run on tensor cores in 16 bits; in fp32 they do not.
+step of a 7B model. The products run on tensor cores in 16 bits; in fp32 they do not. A processor holds three programs
+at once, two where it has 100 KB of shared memory or pages are in int8.
 """
 
 import math
@@ -25,6 +26,9 @@ TILE = 16  # lines; fixed, since another shape of tile may sum in another order
 SPLIT = 256  # keys; fixed for the same reason. Ten programs a head at 2,356 tokens; not yet measured
 # Keys at a time: 32 KB of keys and values of 128 in 16 bits, which fly while the last are worked on. Not yet measured.
 BLOCK_KEYS = 64
+# For three programs a processor. Left to itself ptxas takes 128 on sm_80 with 34B's heads, and spills; in int8 it does
+# not, and on sm_90 needs 205.
+MAX_REGISTERS = 168
 ENOUGH_PROGRAMS = 512  # from here on the tiles alone fill a GPU of about 130 processors; not yet measured
 
 
@@ -213,8 +217,9 @@ def paged_attention(
     n_splits = triton.cdiv(max_blocks * page_size, SPLIT)
     is_split = n_splits > 1 and tiles * kv_heads < ENOUGH_PROGRAMS
     out = q.new_empty(n, heads * head_dim)
-    tops, totals = (q.new_empty(is_split, n, heads, n_splits, dtype=torch.float32) for _ in range(2))
-    sums = q.new_empty(is_split, n, heads, n_splits, head_dim, dtype=torch.float32)
+    lines = n * heads if is_split else 0
+    tops, totals = (q.new_empty(lines, n_splits, dtype=torch.float32) for _ in range(2))
+    sums = q.new_empty(lines, n_splits, head_dim, dtype=torch.float32)
     block_dim = max(triton.next_power_of_2(head_dim), 16)
     sizes = {"HEADS": heads, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim, "TILE": TILE, "SPLIT": SPLIT}
     # No products joined with sums but where the kernels ask for it, so that every shape rounds alike.
@@ -222,7 +227,8 @@ def paged_attention(
     _paged_attention_kernel[tiles, kv_heads, n_splits if is_split else 1](
         q, k, k_scales, v, v_scales, block_tables, cu_seqlens, seq_lens, out, tops, totals, sums,
         rows, max_blocks, 1 if is_split else n_splits, head_dim**-0.5 * math.log2(math.e),
-        PAGE_SIZE=page_size, BLOCK_KEYS=BLOCK_KEYS, num_warps=4, num_stages=3, **sizes,
+        PAGE_SIZE=page_size, BLOCK_KEYS=BLOCK_KEYS, num_warps=4, num_stages=3,
+        maxnreg=None if k.dtype == torch.int8 else MAX_REGISTERS, **sizes,
     )  # fmt: skip
     if is_split:
         _join_splits_kernel[tiles, kv_heads](

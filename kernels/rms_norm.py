@@ -4,7 +4,8 @@
     out      = residual / sqrt(mean(residual^2) + eps) * weight
 
 A program takes one token and holds it in registers. Bytes: x once read and once written; with the addition x and the
-residual once each way, 4 * n * hidden elements. The weight comes from the cache. Does not touch its inputs.
+residual once each way, 4 * n * hidden elements. The weight comes from the cache. A processor holds
+three programs at least. Does not touch its inputs.
 """
 
 import triton

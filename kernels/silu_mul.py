@@ -3,6 +3,7 @@
     out = gate / (1 + exp(-gate)) * up
 
 A program takes 1024 columns of a token. Bytes: 3 * n * intermediate elements, two read and one written.
+A processor is filled: 12 or 16 programs.
 """
 
 import triton

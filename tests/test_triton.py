@@ -24,6 +24,8 @@ from lumina_rt.model import Step
 pytest.importorskip("triton", reason="Triton is not installed; it is on Linux with the extra `test`")
 from lumina_rt.kernels import cuda, paged_attention
 
+# NumPy tells of what the kernels mask away.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16) if ON_GPU else (torch.float32, torch.float16)
@@ -47,7 +49,7 @@ def guarded(monkeypatch):
     def new_empty(self, *shape, dtype=None, **others):
         if others:  # the interpreter's own
             return plain(self, *shape, dtype=dtype, **others)
-        size = torch.Size(shape[0] if isinstance(shape[0], tuple | list) else shape)
+        size = plain(self, *shape).shape
         buffer = torch.full((size.numel() + 2 * BAND,), 7, dtype=dtype or self.dtype, device=self.device)
         inner = buffer[BAND:-BAND].view(size)
         inner.fill_(math.nan if buffer.is_floating_point() else -77)
@@ -68,6 +70,28 @@ def fence(x):
         buffer.fill_(math.nan)
     buffer[BAND:-BAND] = x.flatten()
     return buffer[BAND:-BAND].view(x.shape)
+
+
+@pytest.fixture(autouse=True)
+def patched_once(monkeypatch):
+    """The interpreter patches the language again in each call of a device function: two thirds of its time."""
+    if ON_GPU:
+        return
+    from triton.runtime import interpreter
+
+    launch, patch, done = interpreter.GridExecutor.__call__, interpreter._patch_lang, set()
+
+    def launch_once(self, *args, **options):
+        done.clear()
+        return launch(self, *args, **options)
+
+    def patch_once(fn):
+        if id(fn.__globals__) not in done:
+            done.add(id(fn.__globals__))
+            return patch(fn)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_once)
+    monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
 
 
 @pytest.fixture
@@ -223,12 +247,12 @@ def test_attention_is_the_same_bits_split_over_programs_or_not(dtype, monkeypatc
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_each_query_attends_with_the_same_bits_as_alone(dtype, keep, in_order):
     rows = [(300, 17), (131, 1), (16, 16), (258, 5)]
-    q, k_pages, v_pages, tables, cu_seqlens, seq_lens = attention_inputs(dtype, 6, 2, 40, 16, rows)
+    q, k_pages, v_pages, tables, cu_seqlens, seq_lens = attention_inputs(dtype, 3, 1, 40, 16, rows)
     k_pages, v_pages = place(keep(k_pages)), place(keep(v_pages))
     q, tables = place(q), place(tables)
     together = cuda.paged_attention(q, k_pages, v_pages, tables, place(cu_seqlens), place(seq_lens))
     for row, (length, n) in enumerate(rows):
-        for back in range(0, n, 3):  # a query of the window as the only one of its row, in a table as short as can be
+        for back in range(0, n, 4):  # a query of the window as the only one of its row, in a table as short as can be
             line = int(cu_seqlens[row + 1]) - 1 - back
             table = tables[row : row + 1, : -(-(length - back) // 16)].contiguous()
             one = place(torch.tensor([0, 1], dtype=torch.int32)), place(torch.tensor([length - back]).int())
@@ -285,10 +309,11 @@ def test_quantized_linear_is_exact_at_the_ends_of_the_range():
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_of_a_quantized_linear_is_the_same_bits_in_any_batch(dtype, bits, in_order):
-    x, weight = place(randn(40, 704, dtype=dtype)), cuda.pack(place(quantize(randn(40, 704, seed=4), bits)))
-    alone = torch.cat([cuda.linear(x[i : i + 1], weight) for i in range(9)])
-    for n in (2, 8, 9, 16, 17, 33, 40):
-        assert torch.equal(cuda.linear(x[:n], weight)[:9], alone[:n]), n
+    x, weight = place(randn(40, 576, dtype=dtype)), cuda.pack(place(quantize(randn(20, 576, seed=4), bits)))
+    alone = {i: cuda.linear(x[i : i + 1], weight)[0] for i in (0, 7, 8, 32)}
+    for n in (2, 8, 9, 16, 17, 40):
+        together = cuda.linear(x[:n], weight)
+        assert all(torch.equal(together[i], row) for i, row in alone.items() if i < n), n
 
 
 def test_a_row_of_the_other_ops_is_the_same_bits_in_any_batch():
@@ -316,7 +341,7 @@ def test_float_weights_are_not_packed():
     assert torch.equal(cuda.linear(x, weight), torch.nn.functional.linear(x, weight))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     columns=st.sampled_from([1, 15, 300, 1024, 1189]),
     guidance=st.sampled_from([0.0, 1.0, 4.0]),
@@ -328,16 +353,24 @@ def test_float_weights_are_not_packed():
     seed=st.integers(0, 2**40),
 )
 def test_draws_are_those_of_the_reference(columns, dtype, seed, **chosen):
-    args = place(draw_inputs(6, columns, seed, dtype, **chosen))
+    args = place(draw_inputs(4, columns, seed, dtype, **chosen))
     assert torch.equal(cuda.guided_sample(*map(fence, args[:4]), *args[4:]), reference.guided_sample(*args))
 
 
 @pytest.mark.parametrize(
-    "chosen", [{"top_k": 2000}, {}, {"top_k": 700, "top_p": 0.9}, {"top_p": 0.7, "temperature": 3.0}, {"min_p": 0.02}]
+    ("columns", "chosen"),
+    [
+        (8192, {"top_k": 2000}),
+        (8192, {"top_k": 700, "top_p": 0.9}),
+        (9001, {}),
+        (9001, {"top_k": 700, "top_p": 0.9, "temperature": 3.0}),
+        (9001, {"min_p": 0.02}),
+        (65536, {"top_k": 10}),
+        (65536, {"top_p": 0.7}),
+    ],
 )
-@pytest.mark.parametrize(("m", "columns"), [(4, 8192), (4, 9001), (1, 65536)])
-def test_draws_from_many_columns_are_those_of_the_reference(m, columns, chosen):
-    args = place(draw_inputs(m, columns, 5, torch.float16, **chosen))
+def test_draws_from_many_columns_are_those_of_the_reference(columns, chosen):
+    args = place(draw_inputs(1 if columns == 65536 else 4, columns, 5, torch.float16, **chosen))
     assert torch.equal(cuda.guided_sample(*args), reference.guided_sample(*args))
 
 
@@ -352,16 +385,16 @@ def test_ties_at_the_border_and_masked_logits_are_drawn_as_by_the_reference():
 
 
 def kept(logits, **chosen):
-    """Which columns forty draws fall on, with logits so flat that all that are kept are met."""
-    _, cond, _, ids, controls, keys = draw_inputs(40, logits.shape[1], 3, **chosen)
-    args = place((logits.expand(40, -1).contiguous(), cond, cond, ids, controls, keys))
+    """Which columns 24 draws fall on, with logits so flat that all that are kept are met."""
+    _, cond, _, ids, controls, keys = draw_inputs(24, logits.shape[1], 3, **chosen)
+    args = place((logits.expand(24, -1).contiguous(), cond, cond, ids, controls, keys))
     return {(token - 4) // 3 for token in cuda.guided_sample(*args).tolist()}
 
 
 def test_exactly_the_top_k_are_drawn_from():
-    logits = torch.arange(6.0)[None].flip(1) / 100
-    for k in (1, 2, 5, 6, 7):
-        assert kept(logits, top_k=k) == set(range(min(k, 6)))
+    logits = torch.arange(4.0)[None].flip(1) / 100
+    for k in (1, 2, 3, 4, 5):
+        assert kept(logits, top_k=k) == set(range(min(k, 4)))
 
 
 def test_temperature_zero_takes_the_first_of_the_largest():
@@ -441,9 +474,10 @@ def launches(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
 @pytest.mark.parametrize(
-    "kind", [{}, {"num_key_value_heads": 2, "model_parallel_size": 2, "swin_norm": True}], ids=["7b", "34b"]
+    ("kind", "quantization"),
+    [({}, None), ({}, "int4"), ({"num_key_value_heads": 2, "model_parallel_size": 2, "swin_norm": True}, "int8")],
+    ids=["7b", "7b-int4", "34b-int8"],
 )
 def test_a_step_of_a_model_is_that_of_the_reference_in_few_launches(kind, quantization, tmp_path, launches):
     hidden = {}

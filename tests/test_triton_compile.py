@@ -1,0 +1,67 @@
+"""The Triton kernels compiled ahead of time, for every GPU we name: nothing spills, and loads and products are wide."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed; it is on Linux with the extra `test`")
+CUBINS = Path(__file__).parent.parent / "bench" / "cubins.py"
+# What the docstrings claim a processor holds, on those with 100 KB of shared memory (sm_89, sm_120) and on the others.
+PROGRAMS = {
+    "rms_norm": (3, 4),
+    "add_rms_norm 7B": (3, 4),
+    "add_rms_norm 34B": (3, 3),
+    "qk_norm_rope": (24, 32),
+    "paged_attention 7B int8": (2, 2),
+    "paged_attention": (2, 3),
+    "join_splits": (9, 9),
+    "silu_mul": (12, 16),
+    "linear int8 2 rows": (2, 3),
+    "linear int4 2 rows": (2, 4),
+    "linear": (1, 1),
+    "guided_sample": (1, 1),
+}
+
+
+@pytest.fixture(scope="module")
+def cubins(tmp_path_factory):
+    """A process that interprets cannot compile, so another does."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    done = subprocess.run([sys.executable, str(CUBINS)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])["results"]
+
+
+@pytest.mark.timeout(600)  # some 80 compilations
+def test_every_kernel_compiles_for_every_target(cubins):
+    kernels = {cubin["kernel"] for cubin in cubins}
+    assert {(cubin["kernel"], cubin["target"]) for cubin in cubins} == {
+        (kernel, target) for kernel in kernels for target in (80, 89, 90, 100, 120)
+    }
+    ops = ("rms_norm", "add_rms_norm", "qk_norm_rope", "paged_attention", "silu_mul", "linear", "guided_sample")
+    assert all(any(kernel.startswith(op) for kernel in kernels) for op in ops)
+
+
+def test_no_kernel_spills(cubins):
+    assert [cubin for cubin in cubins if cubin["stack"]] == []
+
+
+def test_a_processor_holds_as_many_programs_as_the_docstrings_claim(cubins):
+    for cubin in cubins:
+        claim = next(claim for name, claim in PROGRAMS.items() if cubin["kernel"].startswith(name))
+        assert cubin["programs"] >= claim[cubin["target"] not in (89, 120)], cubin
+
+
+def test_loads_are_of_16_bytes(cubins):
+    assert [cubin for cubin in cubins if not cubin["wide_loads"]] == []
+
+
+def test_products_run_on_tensor_cores(cubins):
+    products = [cubin for cubin in cubins if cubin["kernel"].startswith(("paged_attention", "linear"))]
+    assert products
+    assert [cubin for cubin in products if not cubin["tensor_core"]] == []
