@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,9 +124,8 @@ def compiled(launch: Launch, target: int):
     return triton.compile(source, target=GPUTarget("cuda", target, 32), options={"enable_fp_fusion": True} | options)
 
 
-def inspected(launch: Launch, target: int) -> dict:
-    """Compile a launch for a target and read its cubin."""
-    kernel = compiled(launch, target)
+def inspected(launch: Launch, target: int, kernel) -> dict:
+    """Read the cubin of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])
         usage = tool("cuobjdump", "--dump-resource-usage", file.name)
@@ -137,8 +137,7 @@ def inspected(launch: Launch, target: int) -> dict:
         "kernel": launch.name, "target": target, "registers": registers, "stack": stack, "shared": shared,
         "programs": min(
             65536 // (-(-registers // 8) * 8 * 32 * warps), limits.warps // warps, limits.programs,
-            # A program costs 1 KB more than it asks for, and has what is left over from one program at most.
-            limits.shared_kb * 1024 // (shared + 1024),
+            limits.shared_kb * 1024 // (shared + 1024),  # each program costs 1 KB more than it asks for
         ),
         "wide_loads": sum(n for name, n in found.items() if re.match(r"LDG(STS)?\..*128", name)),
         "tensor_core": sum(n for name, n in found.items() if re.match(r"(H|HG|UTCH)MMA", name)),
@@ -155,11 +154,15 @@ def main() -> None:
     options = parser.parse_args()
     columns = ["kernel", "target", "registers", "stack", "shared", "programs", "wide_loads", "tensor_core"]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-    results = []
-    for launch in launches():
-        for target in options.targets:
-            results.append(inspected(launch, target))
-            print(f"| {' | '.join(str(results[-1][column]) for column in columns)} |", flush=True)
+    with ThreadPoolExecutor(1) as pool:  # one cubin is read while the next is compiled
+        reading = [
+            pool.submit(inspected, launch, target, compiled(launch, target))
+            for launch in launches()
+            for target in options.targets
+        ]
+        results = [each.result() for each in reading]
+    for result in results:
+        print(f"| {' | '.join(str(result[column]) for column in columns)} |")
     print(json.dumps({"triton": triton.__version__, "results": results}))
 
 

@@ -11,7 +11,7 @@ whatever else is in the step. The grid is made from shapes alone; a program find
 Bytes: keys and values of a row once for each of its tiles, from the cache but for the first; n * heads * head_dim read
 and written. With splits 4 * (head_dim + 2) bytes a line and split on top, 1/250 of the keys and values in a decode
 step of a 7B model. The products run on tensor cores in 16 bits; in fp32 they do not. A processor holds three programs
-at once, two where it has 100 KB of shared memory or pages are in int8.
+at once, two where it has 100 KB of shared memory and pages are in 16 bits.
 """
 
 import math
@@ -24,11 +24,10 @@ from torch import Tensor
 
 TILE = 16  # lines; fixed, since another shape of tile may sum in another order
 SPLIT = 256  # keys; fixed for the same reason. Ten programs a head at 2,356 tokens; not yet measured
-# Keys at a time: 32 KB of keys and values of 128 in 16 bits, which fly while the last are worked on. Not yet measured.
-BLOCK_KEYS = 64
-# For three programs a processor. Left to itself ptxas takes 128 on sm_80 with 34B's heads, and spills; in int8 it does
-# not, and on sm_90 needs 205.
-MAX_REGISTERS = 168
+# Keys at a time, and registers a thread: two times 16 KB of keys and values of 128 in 16 bits are on their way while
+# one is worked on, and three programs fit on a processor. With 64 keys, or where it takes 128 registers as it likes to,
+# ptxas spills on one target or another. Not yet measured.
+BLOCK_KEYS, NUM_STAGES, MAX_REGISTERS = 32, 5, 168
 ENOUGH_PROGRAMS = 512  # from here on the tiles alone fill a GPU of about 130 processors; not yet measured
 
 
@@ -227,8 +226,8 @@ def paged_attention(
     _paged_attention_kernel[tiles, kv_heads, n_splits if is_split else 1](
         q, k, k_scales, v, v_scales, block_tables, cu_seqlens, seq_lens, out, tops, totals, sums,
         rows, max_blocks, 1 if is_split else n_splits, head_dim**-0.5 * math.log2(math.e),
-        PAGE_SIZE=page_size, BLOCK_KEYS=BLOCK_KEYS, num_warps=4, num_stages=3,
-        maxnreg=None if k.dtype == torch.int8 else MAX_REGISTERS, **sizes,
+        PAGE_SIZE=page_size, BLOCK_KEYS=BLOCK_KEYS, num_warps=4, num_stages=NUM_STAGES,
+        maxnreg=MAX_REGISTERS, **sizes,
     )  # fmt: skip
     if is_split:
         _join_splits_kernel[tiles, kv_heads](

@@ -4,9 +4,10 @@
     q, k = (h1 * cos - h2 * sin, h2 * cos + h1 * sin)     h1, h2: the halves of a head
 
 A program takes four heads of a token, all of q, all of k or all of v, in one warp; the halves are loaded apart, so
-that a rotation stays inside a thread. One launch does all three. Bytes: qkv once read and once written; norms and
-RoPE's row come from the cache. A processor holds as many programs as it allows at all, 24 or 32. In int8 a head of k or v is its largest magnitude over 127, and the nearest steps of
-it. Nothing checks that slots and positions lie inside their tensors: that would read them on the host.
+that a rotation stays inside a thread. One launch does all three; a processor holds as many programs as it allows at
+all, 24 or 32. Bytes: qkv once read and once written; norms and RoPE's row come from the cache. In int8 a head of k or
+v is its largest magnitude over 127, and the nearest steps of it. Nothing checks that slots and positions lie inside
+their tensors: that would read them on the host.
 """
 
 import triton

@@ -16,7 +16,7 @@ PROGRAMS = {
     "add_rms_norm 7B": (3, 4),
     "add_rms_norm 34B": (3, 3),
     "qk_norm_rope": (24, 32),
-    "paged_attention 7B int8": (2, 2),
+    "paged_attention 7B int8": (3, 3),
     "paged_attention": (2, 3),
     "join_splits": (9, 9),
     "silu_mul": (12, 16),
