@@ -32,7 +32,6 @@ from lumina_rt.prompts import IMAGE_MARK, Message
 from lumina_rt.request import Draw, Grammar, Request, Sample, answer_length
 from lumina_rt.sampler import Pick, Sampler
 from lumina_rt.scheduler import Scheduler, Work, build_step
-from lumina_rt.speculative import accepted
 from lumina_rt.tokenizer import Tokenizer
 from lumina_rt.vqgan import VQGAN, to_uint8
 
@@ -278,9 +277,14 @@ class Engine:
                 begun = time.perf_counter()
                 step = build_step(plan, self.config.page_size, self.model.embed.device)
                 hidden = self.model.forward(step, self.cache)
-                drawn = iter(self.sampler.draw(_picks(plan), hidden))
+                drawn = self.sampler.draw(_picks(plan), hidden)
                 self.scheduler.pace.observe(len(hidden), time.perf_counter() - begun)
-                self._commit(plan, [list(itertools.islice(drawn, len(work.indices))) for work in plan])
+                for work, tokens in zip(plan, self.scheduler.commit(plan, drawn), strict=True):
+                    for token in tokens:
+                        self._advance(work.request, work.sample, token)
+                for request in dict.fromkeys(work.request for work in plan):
+                    if request.is_finished:
+                        self._retire(request)
         except BaseException as error:
             affected = self.scheduler.running if plan is None else [work.request for work in plan]
             for request in dict.fromkeys(affected):
@@ -291,22 +295,6 @@ class Engine:
             return True
         self._apply()
         return bool(plan)
-
-    def _commit(self, plan: list[Work], drawn: list[list[int]]) -> None:
-        """Keep the draws that hold. drawn: for each work a token for each of its indices."""
-        n_held = []
-        for work, tokens in zip(plan, drawn, strict=True):
-            n = accepted(work.draft, work.indices, tokens) if tokens else 0
-            work.sample.note(work.indices[n:], tokens[n:])
-            self.scheduler.pace.learn(len(tokens), n)
-            n_held.append(n)
-        self.scheduler.commit(plan, n_held)
-        for work, tokens, n in zip(plan, drawn, n_held, strict=True):
-            for token in tokens[:n]:
-                self._advance(work.request, work.sample, token)
-        for request in dict.fromkeys(work.request for work in plan):
-            if request.is_finished:
-                self._retire(request)
 
     def _apply(self) -> None:
         """Let requests in and out that came or went since the last step."""
@@ -576,7 +564,7 @@ def sampling_defaults_of(folder: Path) -> dict:
 
 
 def _picks(plan: list[Work]) -> list[Pick]:
-    """Which lines of the step's hidden states each draw is made from: those that the last guess, or no guess, ends."""
+    """Which lines of the step's hidden states each draw is made from: those of the token before it."""
     picks, line = [], -1
     for work in plan:
         cond = line + work.n_cond

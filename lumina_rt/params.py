@@ -70,9 +70,9 @@ class EngineConfig:
     max_num_seqs: the most rows of one step; a guided image takes two.
     max_num_batched_tokens: the most tokens of one step; a longer prompt is prefilled in chunks.
     max_model_len: the most tokens of one row, prompt and answer; 16 views of 384 x 384 and their prompt fit.
-    speculation: draws an image tries a step, up to 64; the pictures are the same whatever it is. "auto" takes what is
-        fastest by the steps so far, "off" is one.
     kv_cache_dtype: "int8" halves what the keys and values take in bf16; None keeps the model's own.
+    speculation: draws an image tries a step, up to 64; on a CPU the pictures are the same whatever it is. "auto" takes
+        what is fastest by the steps so far, "off" is one.
 
     Raises ValueError that names the value and what was expected.
     """

@@ -63,7 +63,7 @@ class Sampler:
         lines = sorted({line for pick in group for line in (pick.cond, pick.uncond)})
         at = {line: i for i, line in enumerate(lines)}
         logits, token_ids = head(hidden[lines], group)
-        controls, keys = self._controls(group)
+        controls, keys = self._controls_and_keys(group)
         cond, uncond = self._columns([(at[pick.cond], at[pick.uncond]) for pick in group], torch.int64)
         tokens = self.model.ops.guided_sample(logits, cond, uncond, token_ids, controls, keys).tolist()
         if min(tokens) < 0:
@@ -85,7 +85,7 @@ class Sampler:
                 logits[line, self.vocab.image_start] = float("-inf")
         return logits, self.all_tokens
 
-    def _controls(self, group: list[Pick]) -> tuple[Controls, NoiseKeys]:
+    def _controls_and_keys(self, group: list[Pick]) -> tuple[Controls, NoiseKeys]:
         prefix = "text_" if group[0].sample.next_draw is Draw.TEXT else ""
         floats, whole = [], []
         for pick in group:

@@ -7,6 +7,7 @@ model.
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
@@ -14,7 +15,7 @@ from lumina_rt.kv_cache import KVCache, PagePool, PrefixStore, Row
 from lumina_rt.model import Step
 from lumina_rt.params import EngineConfig
 from lumina_rt.request import Request, Sample
-from lumina_rt.speculative import Pace
+from lumina_rt.speculative import Pace, accepted
 
 
 @dataclass
@@ -98,24 +99,38 @@ class Scheduler:
         n_chunk = min(n_cond - 1, budget)
         return Work(request, sample, n_chunk, 0, [], []) if n_chunk > 0 else None
 
-    def commit(self, plan: list[Work], n_held: list[int]) -> None:
+    def commit(self, plan: list[Work], drawn: list[int]) -> list[list[int]]:
         """Count what the step has cached, and let the other samples of a prefilled request begin.
 
-        n_held: for each work, how many of its draws hold; what was fed behind the last of them is not counted.
+        drawn: a token for each index of each work, in order.  Returns for each work the tokens that hold, which are
+        those whose past was guessed right.
         """
         for request in {id(work.request): work.request for work in plan}.values():
             request.n_steps += 1
-        for work, n in zip(plan, n_held, strict=True):
-            n_wrong = len(work.draft) - (work.indices[n - 1] - work.indices[0]) if n else 0
-            for row, n_fed in work.rows():
-                row.n_cached += n_fed - n_wrong
-            request = work.request
-            if n and not request.has_forked:
-                request.has_forked = True
-                leader = request.samples[0]
-                for sample in request.samples[1:]:
-                    # The last shared token is fed again: its output is what each sample draws from.
-                    sample.cond.adopt(leader.cond.pages, leader.n_shared - 1, self.pool, self.config.page_size)
+        tokens, held = iter(drawn), []
+        for work in plan:
+            held.append(self._keep(work, list(islice(tokens, len(work.indices)))))
+            if held[-1] and not work.request.has_forked:
+                self._fork(work.request)
+        return held
+
+    def _keep(self, work: Work, drawn: list[int]) -> list[int]:
+        n_held, n_wrong = 0, 0
+        if drawn:
+            n_held = accepted(work.draft, work.indices, drawn)
+            n_wrong = work.indices[-1] - work.indices[n_held - 1]  # tokens fed behind the last draw that holds
+            work.sample.note(work.indices[n_held:], drawn[n_held:])
+            self.pace.learn(len(drawn), n_held)
+        for row, n_fed in work.rows():
+            row.n_cached += n_fed - n_wrong
+        return drawn[:n_held]
+
+    def _fork(self, request: Request) -> None:
+        request.has_forked = True
+        leader = request.samples[0]
+        for sample in request.samples[1:]:
+            # The last shared token is fed again: its output is what each sample draws from.
+            sample.cond.adopt(leader.cond.pages, leader.n_shared - 1, self.pool, self.config.page_size)
 
     def settle(self, request: Request, sample: Sample) -> None:
         """Give back the pages that a sample needs no more: of finished images, and its own when it is finished.

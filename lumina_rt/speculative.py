@@ -74,7 +74,8 @@ class Pace:
 
     def __init__(self, speculation: str | int):
         self.speculation = speculation
-        self._seconds: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=9))  # by tokens of a step
+        self._times: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=9))  # the last, by tokens of a step
+        self._seconds: dict[int, float] = {}  # their medians, in ascending order of tokens
         self._held = [1.0] + [0.5] * (WINDOWS[-1] - 1)  # how often draw i of a window held
 
     def window(self, n_rows: int) -> int:
@@ -96,10 +97,17 @@ class Pace:
 
     def observe(self, n_tokens: int, seconds: float) -> None:
         """Take in what a step of so many tokens took."""
-        self._seconds[_size(n_tokens)].append(seconds)
+        size = _size(n_tokens)
+        self._times[size].append(seconds)
+        is_new = size not in self._seconds
+        self._seconds[size] = median(self._times[size])
+        if is_new:
+            self._seconds = dict(sorted(self._seconds.items()))
 
     def learn(self, n_draws: int, n_held: int) -> None:
-        """Take in how many draws of a window held."""
+        """Take in how many draws of a window held. One draw, which always holds, tells nothing."""
+        if n_draws == 1:
+            return
         for i in range(1, n_draws):
             self._held[i] += 0.03 * ((i < n_held) - self._held[i])
         # Deeper ones hold at most as often as the last that was tried.
@@ -108,12 +116,14 @@ class Pace:
 
     def _predict(self, n_tokens: int) -> float:
         size = _size(n_tokens)
-        known = sorted((n, median(times)) for n, times in self._seconds.items())
-        smaller = [point for point in known if point[0] <= size]
+        if size in self._seconds:
+            return self._seconds[size]
+        smaller = [point for point in self._seconds.items() if point[0] < size]
         if not smaller:
-            return known[0][1] * size / known[0][0]
+            least, seconds = next(iter(self._seconds.items()))
+            return seconds * size / least
         (n, seconds), slope = smaller[-1], 0.0
-        if len(smaller) > 1 and n < size:
+        if len(smaller) > 1:
             before, seconds_before = smaller[-2]
             slope = max(0.0, (seconds - seconds_before) / (n - before))
         return seconds + slope * (size - n)
