@@ -13,8 +13,11 @@ static double read_gb_s(const Tensor& buffer, int threads) {
         i32 sums[4] = {};
         for (int64_t i = begin; i < end; ++i)
             LUMINA_UNROLL
-            for (int part = 0; part < 4; ++part)
-                sums[part] = sums[part] + load(buffer.as<int32_t>() + i * 64 + part * LANES);
+            for (int part = 0; part < 4; ++part) {
+                const int32_t* line = buffer.as<int32_t>() + i * 64 + part * LANES;
+                __builtin_prefetch(line + 4096);  // 16 KB ahead, as `linear` does
+                sums[part] = sums[part] + load(line);
+            }
         floor_sink = sum(to_f32((sums[0] + sums[1]) + (sums[2] + sums[3])));
     });
     return static_cast<double>(lines) * 256 / (omp_get_wtime() - start) / 1e9;
@@ -31,43 +34,63 @@ static double rate(int threads, int64_t per_round, Step step) {
     return static_cast<double>(ROUNDS * per_round * threads) / (omp_get_wtime() - start) / 1e9;
 }
 
-constexpr int SUMS = LEAF == 16 ? 12 : 5;  // enough to hide how long a multiplication takes, few enough for registers
+// What a tile of a rate multiplies, see `linear`.
+struct BytesTile {
+    static constexpr int PRODUCTS = 4 * LANES;
+    using Sums = i32;
+    using Weights = Bytes;
+    using Lane = int32_t;
+    struct Input {
+        int8_t values[4];
+    };
+    static Weights weights(const uint8_t* p) { return bytes(p); }
+    static i32 dot(i32 sums, Weights w, const Input& x) { return lumina::LUMINA_ISA::dot(sums, w, four(x.values)); }
+    static float total(i32 sums) { return sum(to_f32(sums)); }
+};
+struct Bf16Tile : Bf16 {
+    static constexpr int PRODUCTS = 2 * LANES;
+    using Sums = f32;
+    using Lane = float;
+    static float total(f32 sums) { return sum(sums); }
+};
 
-// Billions of multiplications and additions a second, of bytes into int32.
-static double int8_gmac_s(int threads) {
-    uint8_t w[64] = {1, 2, 3};
-    int8_t x[4] = {1, 2, 3, 4};
-    return rate(threads, SUMS * 64, [&](int64_t rounds) {
-        i32 sums[SUMS] = {};
-        Bytes weights = bytes(w);
-        for (int64_t i = 0; i < rounds; ++i) {
-            Four input = four(x);
-            asm volatile("" ::: "memory");
-            LUMINA_UNROLL
-            for (int j = 0; j < SUMS; ++j) sums[j] = dot(sums[j], weights, input);
-        }
-        i32 total = sums[0];
+// Of the tile: as many sums as hide how long a multiplication takes, and few enough to stay in registers.
+constexpr int RATE_ROWS = LEAF == 16 ? 8 : LEAF == 8 ? 4 : 2, RATE_HALVES = LEAF == 16 ? 2 : 1;
+
+// Billions of multiplications and additions a second of tiles whose operands stay in registers and the first cache. No
+// two products have the same operands, no two sums the same start: a compiler makes equal ones once.
+template <class Tile>
+static double tile_gmac_s(int threads) {
+    uint8_t weights[RATE_HALVES][64] = {};
+    typename Tile::Lane starts[RATE_ROWS][RATE_HALVES][LANES] = {};
+    typename Tile::Input inputs[RATE_ROWS] = {};
+    asm volatile("" : : "r"(weights), "r"(starts), "r"(inputs) : "memory");  // as if all were unlike
+    return rate(threads, Tile::PRODUCTS * RATE_ROWS * RATE_HALVES, [&](int64_t rounds) {
+        typename Tile::Sums sums[RATE_ROWS][RATE_HALVES];
         LUMINA_UNROLL
-        for (int j = 1; j < SUMS; ++j) total = total + sums[j];
-        return sum(to_f32(total));
+        for (int r = 0; r < RATE_ROWS; ++r)
+            LUMINA_UNROLL
+            for (int p = 0; p < RATE_HALVES; ++p) sums[r][p] = load(starts[r][p]);
+        typename Tile::Weights w[RATE_HALVES];
+        for (int p = 0; p < RATE_HALVES; ++p) w[p] = Tile::weights(weights[p]);
+        for (int64_t i = 0; i < rounds; ++i) {
+            asm volatile("" ::: "memory");  // inputs are read anew
+            LUMINA_UNROLL
+            for (int r = 0; r < RATE_ROWS; ++r)
+                LUMINA_UNROLL
+                for (int p = 0; p < RATE_HALVES; ++p) sums[r][p] = Tile::dot(sums[r][p], w[p], inputs[r]);
+        }
+        typename Tile::Sums total = sums[0][0];
+        LUMINA_UNROLL
+        for (int r = 0; r < RATE_ROWS; ++r)
+            LUMINA_UNROLL
+            for (int p = 0; p < RATE_HALVES; ++p) total = total + sums[r][p];
+        return Tile::total(total);
     });
 }
 
-// Billions of operations a second, a multiplication and an addition being two, of bf16 into fp32.
-static double bf16_gflop_s(int threads) {
-    uint8_t w[64] = {0, 0x3F};
-    Bf16::Input x = {};
-    return rate(threads, SUMS * 64, [&](int64_t rounds) {
-        f32 sums[SUMS] = {};
-        auto weights = Bf16::weights(w);
-        for (int64_t i = 0; i < rounds; ++i) {
-            asm volatile("" ::: "memory");
-            LUMINA_UNROLL
-            for (int j = 0; j < SUMS; ++j) sums[j] = Bf16::dot(sums[j], weights, x);
-        }
-        f32 total = sums[0];
-        LUMINA_UNROLL
-        for (int j = 1; j < SUMS; ++j) total = total + sums[j];
-        return sum(total);
-    });
-}
+// Of bytes into int32.
+static double int8_gmac_s(int threads) { return tile_gmac_s<BytesTile>(threads); }
+
+// Of bf16 into fp32; operations, a multiplication and an addition being two.
+static double bf16_gflop_s(int threads) { return 2 * tile_gmac_s<Bf16Tile>(threads); }

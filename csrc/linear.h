@@ -1,7 +1,8 @@
 // Products of few rows with a weight matrix: fp32, bf16, or int8 and int4 weights with int8 activations.
 //
-// Weights lie in panels of 16 outputs. A panel is a run of 64-byte vectors, one for each STEP inputs, in the order in
-// which they are read; lane i of a vector belongs to output i, so that no sum ever crosses lanes:
+// Weights lie in panels of 32 outputs, two halves of 16. A panel is a run of vectors of 64 bytes, for each STEP inputs
+// one of each half, in the order in which they are read; lane i of a vector belongs to output i, so that no sum ever
+// crosses lanes:
 //
 //     fp32  1 input     16 values
 //     bf16  2 inputs    16 pairs
@@ -11,21 +12,23 @@
 // Quantised weights have a bf16 scale for each 64 inputs of an output; activations are quantised likewise, row by row,
 // and the products are summed as integers within such a group.
 //
-// A task is two panels for all rows, so that a weight is read from memory once. Every output is summed over
-// its inputs in one order, chunk by chunk, whatever the other rows: results are the same bits in any batch.
+// A task is a panel for all rows, chunk by chunk, so that a weight is read from memory once. A chunk stays in the first
+// cache while tile after tile of rows is multiplied with it, and meanwhile the next one is asked of memory, a share in
+// each tile: memory and multiplication never wait for each other. Every output is summed over its inputs in one order,
+// whatever the other rows: results are the same bits in any batch.
 
 constexpr int GROUP = 64;   // inputs that share a scale
-constexpr int CHUNK = 128;  // vectors of a panel that are summed apart
+constexpr int CHUNK = 128;  // vectors of a half that are summed apart
 constexpr int BAND = 64;    // rows that go through a panel together
-constexpr int PANELS = 2;   // that a task takes; weights come in so many
-constexpr int WIDTH = PANELS * LANES;
-constexpr int AHEAD = 2048;  // bytes between what is asked of memory and what is multiplied
+constexpr int HALVES = 2;
+constexpr int WIDTH = HALVES * LANES;
+constexpr int64_t STRIDE = HALVES * 64;  // bytes from a vector of a half to its next
 
-// Rows of a tile at most, and rows up to which a tile is two panels wide: as many sums as there are registers for.
+// Rows of a tile at most, and rows up to which a tile takes both halves: as many sums as there are registers for.
 #if defined(LUMINA_AVX512)
-constexpr int TILE_ROWS = 12, WIDE_ROWS = 12;  // 24 of 32 registers are sums
+constexpr int TILE_ROWS = 8, WIDE_ROWS = 8;  // 16 of 32 registers are sums; with 24, g++ 12 keeps some in memory
 #elif defined(LUMINA_AVX2)
-constexpr int TILE_ROWS = 6, WIDE_ROWS = 3;  // 12 of 16, two a panel
+constexpr int TILE_ROWS = 6, WIDE_ROWS = 3;  // 12 of 16, two a half
 #else
 constexpr int TILE_ROWS = 2, WIDE_ROWS = 1;
 #endif
@@ -169,13 +172,14 @@ inline Pair<T> high_bits(Pair<T> w) {
 }
 #endif
 
-// Integer formats. Sums: of RUN vectors, before they are added up as int32.
+// Integer formats. Sums: of a run of RUN vectors; they begin from the sums as int32 that are there, and end as such.
 
 struct Int8 {
     static constexpr int STEP = 4, ZERO = 128, RUN = GROUP / STEP;
     using Weights = Bytes;
     using Sums = i32;
-    static i32 total(Sums sums) { return sums; }
+    static Sums begin(i32 sums) { return sums; }
+    static i32 end(i32, Sums sums) { return sums; }
     static Weights weights(const uint8_t* p) { return bytes(p); }
     static i32 dot(i32 sums, Weights w, const int8_t* x) { return lumina::LUMINA_ISA::dot(sums, w, four(x)); }
 };
@@ -209,10 +213,11 @@ struct Int4 {
         }
         return sums;
     }
-    static i32 total(const Sums& sums) {
+    static Sums begin(i32) { return {}; }
+    static i32 end(i32 sums, const Sums& run) {
         __m256i ones = _mm256_set1_epi16(1);
-        return {reinterpret_cast<leaf_i32>(_mm256_madd_epi16(sums.halves[0], ones)),
-                reinterpret_cast<leaf_i32>(_mm256_madd_epi16(sums.halves[1], ones))};
+        return sums + i32{reinterpret_cast<leaf_i32>(_mm256_madd_epi16(run.halves[0], ones)),
+                          reinterpret_cast<leaf_i32>(_mm256_madd_epi16(run.halves[1], ones))};
     }
 };
 #else
@@ -230,17 +235,25 @@ struct Int4 {
         sums = lumina::LUMINA_ISA::dot(sums, w.first, four(x));
         return lumina::LUMINA_ISA::dot(sums, w.second, four(x + 4));
     }
-    static i32 total(Sums sums) { return sums; }
+    static Sums begin(i32 sums) { return sums; }
+    static i32 end(i32, Sums sums) { return sums; }
 };
 #endif
 
-// A matrix of weights, and what a call multiplies it with.
+// What is multiplied at a time: a chunk of one half of a panel, or of both, with some rows.
+struct Tile {
+    const uint8_t* weights;
+    const bf16* scales;
+    int64_t row, begin, end;  // the first row; vectors of the chunk
+    float* sums;              // [rows, WIDTH], to be added to
+    const uint8_t* ahead;     // what to ask of memory meanwhile, `pace` bytes further for each vector
+    int64_t pace;
 
-struct Panels {
-    const uint8_t* data;
-    const bf16* scales;  // [panels, groups, 16]
-    int64_t vectors;     // of a panel
-    const uint8_t* at(int64_t panel, int64_t vector) const { return data + (panel * vectors + vector) * 64; }
+    Tile second_half() const {
+        Tile other = *this;
+        other.weights += 64, other.scales += LANES, other.sums += LANES, other.ahead += pace;
+        return other;
+    }
 };
 
 // Activations as a float format reads them.
@@ -254,25 +267,25 @@ struct FloatInput {
         Format::keep(x + row * inputs, inputs, &values[row * vectors]);
     }
 
-    // Add to sums [ROWS, WIDTH] the products of rows with the vectors `begin` to `end` of WIDE panels.
+    // Add the products of ROWS rows with WIDE halves.
     template <int ROWS, int WIDE>
-    void tile(const Panels& w, int64_t panel, int64_t row, int64_t begin, int64_t end, float* sums) const {
+    void multiply(const Tile& t) const {
         f32 parts[ROWS][WIDE] = {};
-        const typename Format::Input* x = &values[row * vectors];
-        for (int64_t s = begin; s < end; ++s)
+        const typename Format::Input* x = &values[t.row * vectors];
+        const uint8_t *weights = t.weights, *ahead = t.ahead;
+        for (int64_t s = t.begin; s < t.end; ++s, weights += STRIDE, ahead += HALVES * t.pace)
             LUMINA_UNROLL
             for (int p = 0; p < WIDE; ++p) {
-                const uint8_t* vector = w.at(panel + p, s);
-                __builtin_prefetch(vector + AHEAD);
-                auto weights = Format::weights(vector);
+                __builtin_prefetch(ahead + p * t.pace);
+                auto w = Format::weights(weights + p * 64);
                 LUMINA_UNROLL
-                for (int r = 0; r < ROWS; ++r) parts[r][p] = Format::dot(parts[r][p], weights, x[r * vectors + s]);
+                for (int r = 0; r < ROWS; ++r) parts[r][p] = Format::dot(parts[r][p], w, x[r * vectors + s]);
             }
         LUMINA_UNROLL
         for (int r = 0; r < ROWS; ++r)
             LUMINA_UNROLL
             for (int p = 0; p < WIDE; ++p) {
-                float* sum = sums + r * WIDTH + p * LANES;
+                float* sum = t.sums + r * WIDTH + p * LANES;
                 store(sum, load(sum) + parts[r][p]);
             }
     }
@@ -311,125 +324,159 @@ struct QuantizedInput {
     }
 
     template <int ROWS, int WIDE>
-    void tile(const Panels& w, int64_t panel, int64_t row, int64_t begin, int64_t end, float* sums) const {
+    void multiply(const Tile& t) const {
         constexpr int VECTORS = GROUP / Format::STEP;
+        const uint8_t *weights = t.weights, *ahead = t.ahead;
+        const bf16* weight_scales = t.scales;
         int64_t groups = inputs / GROUP;
-        for (int64_t g = begin / VECTORS; g < end / VECTORS; ++g) {
-            i32 parts[ROWS][WIDE] = {};
-            const int8_t* x = &values[row * inputs + g * GROUP];
+        f32 totals[ROWS][WIDE];
+        LUMINA_UNROLL
+        for (int r = 0; r < ROWS; ++r)
+            LUMINA_UNROLL
+            for (int p = 0; p < WIDE; ++p) totals[r][p] = load(t.sums + r * WIDTH + p * LANES);
+        for (int64_t g = t.begin / VECTORS; g < t.end / VECTORS; ++g, weight_scales += WIDTH) {
+            const int8_t* x = &values[t.row * inputs + g * GROUP];
+            i32 parts[ROWS][WIDE];
+            LUMINA_UNROLL
+            for (int r = 0; r < ROWS; ++r)
+                LUMINA_UNROLL
+                for (int p = 0; p < WIDE; ++p) parts[r][p] = all_i32(offsets[(t.row + r) * groups + g]);
             for (int run = 0; run < VECTORS; run += Format::RUN) {
-                typename Format::Sums runs[ROWS][WIDE] = {};
-                for (int s = run; s < run + Format::RUN; ++s)
+                typename Format::Sums sums[ROWS][WIDE];
+                LUMINA_UNROLL
+                for (int r = 0; r < ROWS; ++r)
+                    LUMINA_UNROLL
+                    for (int p = 0; p < WIDE; ++p) sums[r][p] = Format::begin(parts[r][p]);
+#pragma GCC unroll 2  // more, and g++ 12 gathers the prefetches of them all, more than a core has room for
+                for (int s = 0; s < Format::RUN; ++s, x += Format::STEP, weights += STRIDE, ahead += HALVES * t.pace)
                     LUMINA_UNROLL
                     for (int p = 0; p < WIDE; ++p) {
-                        const uint8_t* vector = w.at(panel + p, g * VECTORS + s);
-                        __builtin_prefetch(vector + AHEAD);
-                        auto weights = Format::weights(vector);
+                        __builtin_prefetch(ahead + p * t.pace);
+                        auto w = Format::weights(weights + p * 64);
                         LUMINA_UNROLL
-                        for (int r = 0; r < ROWS; ++r)
-                            runs[r][p] = Format::dot(runs[r][p], weights, x + r * inputs + s * Format::STEP);
+                        for (int r = 0; r < ROWS; ++r) sums[r][p] = Format::dot(sums[r][p], w, x + r * inputs);
                     }
                 LUMINA_UNROLL
                 for (int r = 0; r < ROWS; ++r)
                     LUMINA_UNROLL
-                    for (int p = 0; p < WIDE; ++p) parts[r][p] = parts[r][p] + Format::total(runs[r][p]);
+                    for (int p = 0; p < WIDE; ++p) parts[r][p] = Format::end(parts[r][p], sums[r][p]);
             }
             LUMINA_UNROLL
             for (int p = 0; p < WIDE; ++p) {
-                f32 scale = load(w.scales + ((panel + p) * groups + g) * LANES);
+                f32 scale = load(weight_scales + p * LANES);
                 LUMINA_UNROLL
                 for (int r = 0; r < ROWS; ++r) {
-                    float* sum = sums + r * WIDTH + p * LANES;
-                    int64_t group = (row + r) * groups + g;
-                    f32 whole = to_f32(parts[r][p] + all_i32(offsets[group]));
-                    store(sum, fma(whole, scale * all(scales[group]), load(sum)));
+                    f32 both = scale * all(scales[(t.row + r) * groups + g]);
+                    totals[r][p] = fma(to_f32(parts[r][p]), both, totals[r][p]);
                 }
             }
         }
+        LUMINA_UNROLL
+        for (int r = 0; r < ROWS; ++r)
+            LUMINA_UNROLL
+            for (int p = 0; p < WIDE; ++p) store(t.sums + r * WIDTH + p * LANES, totals[r][p]);
     }
 };
 
-// Add the products of `rows` rows, at most TILE_ROWS, with two panels.
+// Multiply a tile of `rows` rows, at most TILE_ROWS, with both halves.
 template <int ROWS = TILE_ROWS, class Input>
-static void tile_rows(const Input& x, int64_t rows, const Panels& w, int64_t panel, int64_t row, int64_t begin,
-                      int64_t end, float* sums) {
+static void multiply_tile(const Input& x, int64_t rows, const Tile& t) {
     if (rows < ROWS) {
-        if constexpr (ROWS > 1) tile_rows<ROWS - 1>(x, rows, w, panel, row, begin, end, sums);
+        if constexpr (ROWS > 1) multiply_tile<ROWS - 1>(x, rows, t);
     } else if constexpr (ROWS <= WIDE_ROWS) {
-        x.template tile<ROWS, PANELS>(w, panel, row, begin, end, sums);
+        x.template multiply<ROWS, HALVES>(t);
     } else {
-        for (int p = 0; p < PANELS; ++p) x.template tile<ROWS, 1>(w, panel + p, row, begin, end, sums + p * LANES);
+        x.template multiply<ROWS, 1>(t);
+        x.template multiply<ROWS, 1>(t.second_half());
+    }
+}
+
+// A matrix of weights.
+struct Panels {
+    const uint8_t* data;
+    const bf16* scales;  // [panels, groups, WIDTH]
+    int64_t count, vectors, groups;
+};
+
+// Multiply rows `band` to `band + rows` with a panel; sums [rows, WIDTH] get the products.
+template <class Input>
+static void multiply_panel(const Input& x, const Panels& w, int64_t panel, int64_t band, int64_t rows, float* sums) {
+    int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    std::fill(sums, sums + rows * WIDTH, 0.0f);
+    for (int64_t begin = 0; begin < w.vectors; begin += CHUNK) {
+        int64_t end = std::min<int64_t>(begin + CHUNK, w.vectors), group = begin * w.groups / w.vectors;
+        const uint8_t* weights = w.data + (panel * w.vectors + begin) * STRIDE;
+        for (int64_t t = 0; t < tiles; ++t) {
+            int64_t row = rows * t / tiles, next = rows * (t + 1) / tiles;
+            Tile tile{weights, w.scales + (panel * w.groups + group) * WIDTH, band + row, begin, end, sums + row * WIDTH,
+                      weights + CHUNK * STRIDE * (tiles + t) / tiles, 64 / tiles};
+            multiply_tile(x, next - row, tile);
+        }
     }
 }
 
 template <class T, class Input>
-static void multiply(const Tensor& x, Input& input, const Panels& w, int64_t panels, const Tensor& out, int threads) {
+static void multiply(const Tensor& x, Input& input, const Panels& w, const Tensor& out, int threads) {
     int64_t n = x.shape[0], inputs = x.shape[1], outputs = out.shape[1];
     threads = threads_for(n * inputs * outputs, threads);
     parallel(n, threads_for(n * inputs, threads), [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) input.read(x.as<T>(), row, inputs);
     });
-    parallel(panels / PANELS, threads, [&](int64_t first, int64_t last) {
+    parallel(w.count, threads, [&](int64_t first, int64_t last) {
         alignas(64) float sums[BAND * WIDTH];
-        for (int64_t panel = first * PANELS; panel < last * PANELS; panel += PANELS)
+        for (int64_t panel = first; panel < last; ++panel)
             for (int64_t band = 0; band < n; band += BAND) {
-                int64_t rows = std::min<int64_t>(BAND, n - band), tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
-                std::fill(sums, sums + rows * WIDTH, 0.0f);
-                for (int64_t begin = 0; begin < w.vectors; begin += CHUNK)
-                    for (int64_t t = 0; t < tiles; ++t) {
-                        int64_t row = rows * t / tiles, next = rows * (t + 1) / tiles;
-                        tile_rows(input, next - row, w, panel, band + row, begin,
-                                  std::min<int64_t>(begin + CHUNK, w.vectors), sums + row * WIDTH);
-                    }
+                int64_t rows = std::min<int64_t>(BAND, n - band);
+                multiply_panel(input, w, panel, band, rows, sums);
                 for (int64_t row = 0; row < rows; ++row)
-                    for (int64_t i = 0; i < WIDTH && panel * LANES + i < outputs; i += LANES)
-                        store(out.as<T>() + (band + row) * outputs + panel * LANES + i, load(sums + row * WIDTH + i),
-                              outputs - panel * LANES - i);
+                    for (int64_t i = 0; i < WIDTH && panel * WIDTH + i < outputs; i += LANES)
+                        store(out.as<T>() + (band + row) * outputs + panel * WIDTH + i, load(sums + row * WIDTH + i),
+                              outputs - panel * WIDTH - i);
             }
     });
 }
 
 template <class T, class Format>
-static void linear_floats(const Tensor& x, const Panels& w, int64_t panels, const Tensor& out, int threads) {
+static void linear_floats(const Tensor& x, const Panels& w, const Tensor& out, int threads) {
     static thread_local FloatInput<Format> input;
     input.vectors = w.vectors;
     input.values.resize(x.shape[0] * w.vectors);
-    multiply<T>(x, input, w, panels, out, threads);
+    multiply<T>(x, input, w, out, threads);
 }
 
 template <class T, class Format>
-static void linear_quantized(const Tensor& x, const Panels& w, int64_t panels, const Tensor& out, int threads) {
+static void linear_quantized(const Tensor& x, const Panels& w, const Tensor& out, int threads) {
     static thread_local QuantizedInput<Format> input;
     int64_t n = x.shape[0], groups = x.shape[1] / GROUP;
     input.inputs = x.shape[1];
     input.values.resize(n * input.inputs);
     input.scales.resize(n * groups);
     input.offsets.resize(n * groups);
-    multiply<T>(x, input, w, panels, out, threads);
+    multiply<T>(x, input, w, out, threads);
 }
 
-// panels: uint8 [panels, vectors, 64].  scales: bf16 [panels, groups, 16], with no groups for floats.
+// panels: uint8 [panels, vectors, 128].  scales: bf16 [panels, groups, 32], with no groups for floats.
 // bits: of a weight; 32, 16, 8 or 4.
 static void linear(const Tensor& x, const Tensor& panels, const Tensor& scales, int bits, const Tensor& out,
                    int threads) {
     DType dtype = expect_float("x", x);
     expect("x", x, dtype, {ANY, ANY});
-    expect("panels", panels, DType::u8, {ANY, ANY, 64});
+    expect("panels", panels, DType::u8, {ANY, ANY, STRIDE});
     int64_t inputs = x.shape[1], count = panels.shape[0], vectors = panels.shape[1];
     bool quantized = bits == 8 || bits == 4;
     expect(quantized || bits == (dtype == DType::f32 ? 32 : 16), "the bits of weights are not those of x, 8 or 4");
     expect(!quantized || inputs % GROUP == 0, "inputs are no multiple of 64, as quantized weights want them");
     int64_t step = 32 / bits;
     expect(vectors == (inputs + step - 1) / step, "x has another number of inputs than the weights");
-    expect("scales", scales, DType::bf16, {count, quantized ? inputs / GROUP : 0, LANES});
+    int64_t groups = quantized ? inputs / GROUP : 0;
+    expect("scales", scales, DType::bf16, {count, groups, WIDTH});
     expect("out", out, dtype, {x.shape[0], ANY});
-    int64_t wanted = (out.shape[1] + LANES - 1) / LANES;
-    expect(count == (wanted + PANELS - 1) / PANELS * PANELS, "out has another width than the weights");
-    Panels w{panels.as<uint8_t>(), scales.as<bf16>(), vectors};
-    if (bits == 32) return linear_floats<float, Fp32>(x, w, count, out, threads);
-    if (bits == 16) return linear_floats<bf16, Bf16>(x, w, count, out, threads);
+    expect(count == (out.shape[1] + WIDTH - 1) / WIDTH, "out has another width than the weights");
+    Panels w{panels.as<uint8_t>(), scales.as<bf16>(), count, vectors, groups};
+    if (bits == 32) return linear_floats<float, Fp32>(x, w, out, threads);
+    if (bits == 16) return linear_floats<bf16, Bf16>(x, w, out, threads);
     auto run = bits == 8 ? dtype == DType::f32 ? linear_quantized<float, Int8> : linear_quantized<bf16, Int8>
                : dtype == DType::f32           ? linear_quantized<float, Int4>
                                                : linear_quantized<bf16, Int4>;
-    run(x, w, count, out, threads);
+    run(x, w, out, threads);
 }

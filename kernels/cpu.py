@@ -14,14 +14,14 @@ from torch import Tensor, get_num_threads
 
 from lumina_rt import _C
 
-LANES = 16  # outputs of a panel
+PANEL = 32  # outputs that lie together
 _NO_SCALES = torch.empty(0)
 
 
 class PackedWeight(NamedTuple):
     """A weight matrix in the order in which `linear` reads it, see csrc/linear.h.
 
-    panels: uint8 [panels, vectors, 64].  scales: bfloat16 [panels, groups, LANES].
+    panels: uint8 [panels, vectors, 4 * PANEL].  scales: bfloat16 [panels, groups, PANEL].
     """
 
     panels: Tensor
@@ -41,9 +41,9 @@ def pack(weight: Tensor | QuantizedWeight) -> PackedWeight:
 
 
 def _panels(matrix: Tensor) -> Tensor:
-    """[outputs, n] -> [panels, n, LANES], with zeros up to an even number of panels."""
-    padded = F.pad(matrix, (0, 0, 0, -len(matrix) % (2 * LANES)))
-    return padded.view(len(padded) // LANES, LANES, matrix.shape[1]).transpose(1, 2).contiguous()
+    """[outputs, n] -> [panels, n, PANEL], with zeros up to whole panels."""
+    padded = F.pad(matrix, (0, 0, 0, -len(matrix) % PANEL))
+    return padded.view(len(padded) // PANEL, PANEL, matrix.shape[1]).transpose(1, 2).contiguous()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
