@@ -115,6 +115,7 @@ class Engine:
         tokens = Tokenizer.from_file(hub.find_tokenizer(folder, tokenizer))
         # Before the weights, which may take minutes: what is wrong with the small files is told at once.
         image_tokenizer = VQGAN.from_pretrained(hub.find_vqgan(folder, vqgan), device=device)
+        image_tokenizer.decode_in(weights.fastest_dtype(device))
         n_codes, n_tokens = image_tokenizer.config.n_embed, len(tokens.vocab.image_ids)
         if n_codes != n_tokens:
             raise CheckpointError(folder, [f"{n_codes} codes in the VQGAN, {n_tokens} in the tokenizer"])
