@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from lumina_rt import hub, images, prompts, unirep, weights
 from lumina_rt.checkpoint import CheckpointError
-from lumina_rt.kernels import cpu, reference
+from lumina_rt.kernels import cpu
 from lumina_rt.kv_cache import KVCache, Lease, bytes_a_token
 from lumina_rt.model import Model
 from lumina_rt.outputs import Answer, ImageRow, RequestOutput, TextDelta, Timings
@@ -119,8 +120,7 @@ class Engine:
         if n_codes != n_tokens:
             raise CheckpointError(folder, [f"{n_codes} codes in the VQGAN, {n_tokens} in the tokenizer"])
         image_ids = torch.from_numpy(tokens.vocab.image_tokens)
-        ops = cpu if device == "cpu" else reference
-        loaded = weights.load(folder, ops, image_ids, config.max_model_len, torch_dtype, device, quantization)
+        loaded = weights.load(folder, _ops(device), image_ids, config.max_model_len, torch_dtype, device, quantization)
         if tokens.vocab.size > loaded.config.vocab_size:
             problem = f"{tokens.vocab.size} ids in the tokenizer, {loaded.config.vocab_size} in the model"
             raise CheckpointError(folder, [problem])
@@ -278,7 +278,8 @@ class Engine:
                 step = build_step(plan, self.config.page_size, self.model.embed.device)
                 hidden = self.model.forward(step, self.cache)
                 drawn = self.sampler.draw(_picks(plan), hidden)
-                self.scheduler.pace.observe(len(hidden), time.perf_counter() - begun)
+                if drawn:  # a GPU may still be at work on a chunk of a prompt, of which nothing is drawn
+                    self.scheduler.pace.observe(len(hidden), time.perf_counter() - begun)
                 for work, tokens in zip(plan, self.scheduler.commit(plan, drawn), strict=True):
                     for token in tokens:
                         self._advance(work.request, work.sample, token)
@@ -531,6 +532,15 @@ def _device(device: str | None) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is 'cuda', and torch finds no NVIDIA GPU here; use device='cpu'")
     return device
+
+
+def _ops(device: str) -> ModuleType:
+    """The op list for a device, chosen once; nothing else asks which one it is."""
+    if device == "cpu":
+        return cpu
+    from lumina_rt.kernels import cuda  # it needs Triton, which a machine without a GPU need not have
+
+    return cuda
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
