@@ -102,8 +102,8 @@ def pack(weight: Tensor | QuantizedWeight) -> Tensor | PackedWeight:
         values = (values ^ 128).view(torch.int8)  # less the zero point, in two's complement
     else:
         fours = values.unflatten(1, (groups, GROUP // 8, 1, 4))
-        nibbles = torch.cat((fours & 15, fours >> 4), dim=3).view(outputs, groups, 2, GROUP // 2)
-        values = nibbles[:, :, 0] | nibbles[:, :, 1] << 4
+        low, high = torch.cat((fours & 15, fours >> 4), dim=3).view(outputs, groups, 2, GROUP // 2).unbind(2)
+        values = low | high << 4
     padding = 0, -groups % SPLITS, 0, -outputs % (2 * PANEL)
     return PackedWeight(
         _panels(F.pad(values.view(outputs, groups, -1), (0, 0, *padding))), _panels(F.pad(scales, padding)), outputs

@@ -119,8 +119,8 @@ class Engine:
         n_codes, n_tokens = image_tokenizer.config.n_embed, len(tokens.vocab.image_ids)
         if n_codes != n_tokens:
             raise CheckpointError(folder, [f"{n_codes} codes in the VQGAN, {n_tokens} in the tokenizer"])
-        image_ids = torch.from_numpy(tokens.vocab.image_tokens)
-        loaded = weights.load(folder, _ops(device), image_ids, config.max_model_len, torch_dtype, device, quantization)
+        image_ids, max_len = tokens.vocab.image_tokens, config.max_model_len
+        loaded = weights.load(folder, _ops(device), image_ids, max_len, torch_dtype, device, quantization)
         if tokens.vocab.size > loaded.config.vocab_size:
             problem = f"{tokens.vocab.size} ids in the tokenizer, {loaded.config.vocab_size} in the model"
             raise CheckpointError(folder, [problem])

@@ -82,9 +82,11 @@ class Sampler:
     def _text_logits(self, hidden: Tensor, group: list[Pick]) -> tuple[Tensor, Tensor]:
         logits = self.model.ops.linear(hidden, self.model.lm_head)
         logits.index_fill_(1, self.not_text, float("-inf"))
-        for line, pick in enumerate(sorted(group, key=lambda pick: pick.cond)):
-            if not pick.sample.may_start_image:
-                logits[line, self.vocab.image_start] = float("-inf")
+        by_line = sorted(group, key=lambda pick: pick.cond)
+        barred = [line for line, pick in enumerate(by_line) if not pick.sample.may_start_image]
+        if barred:
+            starts = logits.select(1, self.vocab.image_start)
+            starts.index_fill_(0, upload(barred, torch.int64, self.device), float("-inf"))
         return logits, self.all_tokens
 
     def _controls_and_keys(self, group: list[Pick]) -> tuple[Controls, NoiseKeys]:
