@@ -7,6 +7,7 @@ It owns the step loop: schedule, one forward, draw, advance. Any thread may call
 whichever thread waits for an answer. It does not know how a step is computed: that is the model's op list.
 """
 
+import importlib.util
 import itertools
 import secrets
 import threading
@@ -119,8 +120,12 @@ class Engine:
         n_codes, n_tokens = image_tokenizer.config.n_embed, len(tokens.vocab.image_ids)
         if n_codes != n_tokens:
             raise CheckpointError(folder, [f"{n_codes} codes in the VQGAN, {n_tokens} in the tokenizer"])
+        values = weights.read_json(folder / "config.json")
+        head_dim = weights.config_from_json(values, folder).head_dim
+        torch_dtype = torch_dtype or weights.stored_dtype(values, folder)
+        ops, _ = choose_ops(config, device, torch_dtype, head_dim)
         image_ids, max_len = tokens.vocab.image_tokens, config.max_model_len
-        loaded = weights.load(folder, _ops(device), image_ids, max_len, torch_dtype, device, quantization)
+        loaded = weights.load(folder, ops, image_ids, max_len, torch_dtype, device, quantization)
         if tokens.vocab.size > loaded.config.vocab_size:
             problem = f"{tokens.vocab.size} ids in the tokenizer, {loaded.config.vocab_size} in the model"
             raise CheckpointError(folder, [problem])
@@ -525,8 +530,12 @@ def _checked(kind: type, options: dict):
     return kind(**options)
 
 
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _device(device: str | None) -> str:
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device is {device!r}; expected 'cpu' or 'cuda'")
     if device == "cuda" and not torch.cuda.is_available():
@@ -534,13 +543,42 @@ def _device(device: str | None) -> str:
     return device
 
 
-def _ops(device: str) -> ModuleType:
-    """The op list for a device, chosen once; nothing else asks which one it is."""
-    if device == "cpu":
-        return cpu
-    from lumina_rt.kernels import cuda  # it needs Triton, which a machine without a GPU need not have
+def choose_ops(config: EngineConfig, device: str, dtype: torch.dtype, head_dim: int) -> tuple[ModuleType, str]:
+    """The op list for a model, chosen once, and whose attention that is and why.
 
-    return cuda
+    device: "cpu" or "cuda". Raises ValueError for an attn_backend that cannot be had.
+    """
+    asked = config.attn_backend
+    if device == "cpu":
+        if asked != "auto":
+            raise ValueError(f"attn_backend is {asked!r}; expected 'auto' on a CPU, which has one of its own")
+        return cpu, "C++, as on every CPU"
+    refusal = _flash_refusal(config, dtype, head_dim)
+    if asked == "flash" and refusal:
+        raise ValueError(f"attn_backend is 'flash'; {refusal}")
+    # These need Triton, and flash-attn, which a machine without a GPU need not have.
+    if asked == "triton" or refusal:
+        from lumina_rt.kernels import cuda
+
+        return cuda, "Triton, as asked for" if asked == "triton" else f"Triton; {refusal}"
+    from lumina_rt.kernels import flash_attention
+
+    return flash_attention, "flash-attn for one token a row, Triton for more"
+
+
+def _flash_refusal(config: EngineConfig, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why flash-attn cannot be had, or None."""
+    if importlib.util.find_spec("flash_attn") is None:
+        return "flash-attn is not installed"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"flash-attn wants a model in 16 bits, this one is in {str(dtype).removeprefix('torch.')}"
+    if config.kv_cache_dtype:
+        return f"flash-attn wants keys and values in the model's dtype, kv_cache_dtype is {config.kv_cache_dtype!r}"
+    if config.page_size % 256:
+        return f"flash-attn wants a page_size of a multiple of 256, it is {config.page_size}"
+    if head_dim % 8 or head_dim > 256:
+        return f"flash-attn wants heads of a multiple of 8 up to 256, they have {head_dim}"
+    return None
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

@@ -73,6 +73,8 @@ class EngineConfig:
     kv_cache_dtype: "int8" halves what the keys and values take in bf16; None keeps the model's own.
     speculation: draws an image tries a step, up to 64; on a CPU the pictures are the same whatever it is. "auto" takes
         what is fastest by the steps so far, "off" is one.
+    attn_backend: on a GPU "flash" is flash-attn, "triton" our own attention; "auto" takes flash-attn where it is
+        installed and its rules hold. `lumina-rt info` tells which and why.
 
     Raises ValueError that names the value and what was expected.
     """
@@ -85,6 +87,7 @@ class EngineConfig:
     max_model_len: int = 10240
     kv_cache_dtype: str | None = None
     speculation: str | int = "auto"
+    attn_backend: str = "auto"
 
     def __post_init__(self):
         _take_int(self, "page_size", 16)
@@ -95,6 +98,8 @@ class EngineConfig:
         _take_float(self, "kv_cache_gib", 0, 1 << 20, above=True)
         if self.kv_cache_dtype not in (None, "int8"):
             raise ValueError(f"kv_cache_dtype is {self.kv_cache_dtype!r}; expected 'int8' or None")
+        if self.attn_backend not in ("auto", "flash", "triton"):
+            raise ValueError(f"attn_backend is {self.attn_backend!r}; expected 'auto', 'flash' or 'triton'")
         if self.speculation not in ("auto", "off"):
             if isinstance(self.speculation, str):
                 raise ValueError(f"speculation is {self.speculation!r}; expected 'auto', 'off' or a number of draws")

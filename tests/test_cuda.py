@@ -11,7 +11,7 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 import torch
-from lumina_rt.kernels import OPS, cpu, quantization, reference
+from lumina_rt.kernels import OPS, quantization, reference
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensors
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,11 +36,6 @@ MODELS = {
         "model_parallel_size": 8, "swin_norm": True,
     },
 }  # fmt: skip
-
-
-def test_the_engine_takes_triton_on_cuda_and_cpp_on_a_cpu():
-    assert engine._ops("cuda") is cuda
-    assert engine._ops("cpu") is cpu
 
 
 def first_row(ops, monkeypatch):
@@ -156,13 +151,13 @@ def fake(monkeypatch, tmp_path, files):
     monkeypatch.setattr(Model, "forward", guarded(Model.forward))
     monkeypatch.setattr(Sampler, "_draw_group", guarded(Sampler._draw_group, brings=True))
 
-    def make(kind, quantization, **options):
+    def make(kind, quantization, ops=cuda, **options):
         values = dummy.TINY_MODEL | MODELS[kind] | {"torch_dtype": "bfloat16", "vocab_size": 65536}
         (tmp_path / "config.json").write_text(json.dumps(values))
         for name in OPS:
             monkeypatch.setattr(cuda, name, guarded(getattr(cuda, name)))
         tokenizer, vqgan = files
-        model = weights.load(tmp_path, cuda, tokenizer.vocab.image_tokens, 4096, None, GPU, quantization)
+        model = weights.load(tmp_path, ops, tokenizer.vocab.image_tokens, 4096, None, GPU, quantization)
         return Engine(model, tokenizer, vqgan, EngineConfig(num_pages=32, **options), [512])
 
     make.launches, make.reads = [], []
@@ -186,6 +181,19 @@ def test_a_row_of_an_image_is_drawn_on_the_device_and_read_once_a_step(fake, kin
     assert fake.launches.count("_guided_sample_kernel") == len(fake.reads)
     assert fake.launches.count("_qk_norm_rope_kernel") == len(fake.reads) * made.model.config.n_layers
     assert ("_linear_kernel" in fake.launches) == bool(quantization)
+
+
+def test_with_flash_attn_only_the_prompt_is_attended_to_by_our_own_kernel(fake, flash, monkeypatch):
+    def note(q, k_cache, v_cache, *, cache_seqlens, block_table, causal):
+        flash.calls.append(block_table)
+        return torch.empty_like(q)
+
+    monkeypatch.setattr(flash, "flash_attn_with_kvcache", note)
+    made = fake("7B", None, ops=flash, speculation="off")
+    draw_a_row(made)
+    n_layers = made.model.config.n_layers
+    assert len(flash.calls) == (len(fake.reads) - 1) * n_layers
+    assert fake.launches.count("_paged_attention_kernel") == n_layers
 
 
 def test_text_is_drawn_on_the_device(fake):
