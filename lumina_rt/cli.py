@@ -107,6 +107,8 @@ def _field_texts(kind: type) -> dict[str, str]:
 def _reading(annotation) -> dict:
     """How argparse reads a value of this type."""
     kinds = [kind for kind in get_args(annotation) if kind is not NoneType]
+    if annotation is bool:
+        return {"action": "store_true"}
     if annotation in (int, float, str):
         kinds = [annotation]
     if kinds == [tuple[int, int]]:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from lumina_rt import hub, images, prompts, unirep, weights
 from lumina_rt.checkpoint import CheckpointError
+from lumina_rt.graph import Graphs
 from lumina_rt.kernels import cpu
 from lumina_rt.kv_cache import KVCache, Lease, bytes_a_token
 from lumina_rt.model import Model
@@ -74,10 +75,14 @@ class Engine:
         shape, page_size = model.config, self.config.page_size
         dtype = torch.int8 if self.config.kv_cache_dtype else model.embed.dtype
         self.kv_bytes_a_token = bytes_a_token(shape.n_layers, shape.kv_heads, shape.head_dim, dtype)
-        num_pages = self.config.num_pages or self._pages_that_fit()
-        self.cache = KVCache(
-            shape.n_layers, num_pages, page_size, shape.kv_heads, shape.head_dim, dtype, model.embed.device
-        )
+        num_pages, device = self._num_pages(), model.embed.device
+        is_graphed = device.type == "cuda" and not self.config.enforce_eager
+        # Padding of a graph writes to a page of its own.
+        n_pages = num_pages + is_graphed
+        self.cache = KVCache(shape.n_layers, n_pages, page_size, shape.kv_heads, shape.head_dim, dtype, device)
+        self.graphs = None
+        if is_graphed:
+            self.graphs = Graphs(model, self.cache, self.config.max_num_seqs, self._blocks_of_the_longest_row())
         self.scheduler = Scheduler(self.config, self.cache, num_pages)
         self.sampler = Sampler(model, tokenizer.vocab)
         self._stepping = threading.Lock()  # held by the thread that steps; guards the scheduler and the cache
@@ -281,7 +286,7 @@ class Engine:
             if plan:
                 begun = time.perf_counter()
                 step = build_step(plan, self.config.page_size, self.model.embed.device)
-                hidden = self.model.forward(step, self.cache)
+                hidden = self.graphs.forward(step) if self.graphs else self.model.forward(step, self.cache)
                 drawn = self.sampler.draw(_picks(plan), hidden)
                 if drawn:  # a GPU may still be at work on a chunk of a prompt, of which nothing is drawn
                     self.scheduler.pace.observe(len(hidden), time.perf_counter() - begun)
@@ -470,10 +475,27 @@ class Engine:
         defaults = {"num_images": 1, "size": size, **IMAGE_TO_IMAGE}
         return self._answer(question, defaults | controls)
 
-    def _pages_that_fit(self) -> int:
-        page_bytes = self.config.page_size * self.kv_bytes_a_token
-        enough = self.config.max_num_seqs * -(-self.config.max_model_len // self.config.page_size)
-        return max(1, min(int(self.config.kv_cache_gib * 2**30) // page_bytes, enough))
+    def _num_pages(self) -> int:
+        """Pages of the pool. Raises ValueError, naming need and have, where a GPU has no memory for them."""
+        config, longest = self.config, self._blocks_of_the_longest_row()
+        page_bytes, enough = config.page_size * self.kv_bytes_a_token, config.max_num_seqs * longest
+        if self.model.embed.device.type == "cpu":
+            return config.num_pages or max(1, min(int(config.kv_cache_gib * 2**30) // page_bytes, enough))
+        torch.cuda.empty_cache()  # what loading took is free again
+        free, total = torch.cuda.mem_get_info(self.model.embed.device)
+        have = int(free - (1 - config.gpu_memory_utilization) * total) - page_bytes  # a page for what graphs pad
+        needed = config.num_pages or longest
+        if needed * page_bytes > have:
+            what = "num_pages" if config.num_pages else f"max_model_len ({config.max_model_len} tokens)"
+            need, left, size = (f"{n / 2**30:.1f}" for n in (needed * page_bytes, max(have, 0), total))
+            raise ValueError(
+                f"{what} takes {need} GiB of KV cache; {left} are left of the GPU's {size} "
+                f"(gpu_memory_utilization is {config.gpu_memory_utilization})"
+            )
+        return config.num_pages or min(have // page_bytes, enough)
+
+    def _blocks_of_the_longest_row(self) -> int:
+        return -(-self.config.max_model_len // self.config.page_size)
 
 
 class Stream:

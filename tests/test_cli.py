@@ -488,5 +488,7 @@ def test_the_engine_options_reach_the_engine(monkeypatch, plain):
     values = {"page_size": 32, "num_pages": 9, "kv_cache_gib": 1.5, "max_num_seqs": 4, "max_num_batched_tokens": 64}
     values |= {"max_model_len": 128, "tokenizer": "t", "vqgan": "v", "dtype": "float32", "device": "cpu", "model": "m"}
     values |= {"quantization": "int4", "kv_cache_dtype": "int8", "speculation": 8, "attn_backend": "triton"}
-    plain("generate", "a dog", *[f"--{name.replace('_', '-')}={value}" for name, value in values.items()])
-    assert seen == values
+    values |= {"gpu_memory_utilization": 0.5}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
+    plain("generate", "a dog", *options, "--enforce-eager")
+    assert seen == values | {"enforce_eager": True}

@@ -6,18 +6,22 @@ running, and whatever would make the host wait inside a step is an error.
 """
 
 import json
-from contextlib import ExitStack
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from lumina_rt.kernels import OPS, quantization, reference
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
-from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensors
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lumina_rt import Engine, EngineConfig, ImageRow, dummy, engine, prompts, weights
+from lumina_rt import Engine, EngineConfig, ImageRow, dummy, engine, graph, prompts, weights
 from lumina_rt.model import Model
 from lumina_rt.sampler import Sampler
 from lumina_rt.tokenizer import Tokenizer
@@ -116,8 +120,11 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def fake(monkeypatch, tmp_path, files):
-    """Makes an Engine of fake CUDA tensors; `fake.launches` are the kernels that would have run, `fake.reads` the
-    numbers of tokens that the host has waited for."""
+    """Makes an Engine of fake CUDA tensors, on a GPU that has 60 GiB free of 80.
+
+    `fake.launches` are the kernels that would have run, `fake.replayed` the tokens of graphs that would have been
+    replayed, `fake.reads` the numbers of tokens that the host has waited for.
+    """
     if torch.cuda.is_available():
         from triton.runtime.jit import JITFunction as Kernel
     else:
@@ -134,6 +141,11 @@ def fake(monkeypatch, tmp_path, files):
         make.reads.append(self.numel())
         return [4] * self.numel()
 
+    def record(runs):
+        for run in runs:
+            hidden = run()
+            yield partial(make.replayed.append, hidden.shape[0]), hidden
+
     def contiguous(self):
         return self.clone(memory_format=torch.contiguous_format)
 
@@ -141,13 +153,17 @@ def fake(monkeypatch, tmp_path, files):
         assert pin_memory, "a copy from memory that is not pinned makes the host wait"
         return torch.empty(np.shape(values), dtype=dtype)
 
-    # Pinned memory, and torch's own binding of `contiguous`, need a real GPU; one number alone would not stay fake.
+    # Pinned memory, and torch's own bindings of two operations, need a real GPU; one number alone would not stay fake.
     monkeypatch.setattr(torch, "tensor", tensor)
     monkeypatch.setattr(torch.Tensor, "contiguous", contiguous)
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda self, other: torch.ops.aten.copy_(self, other))
     monkeypatch.setattr(Kernel, "run", note)
     monkeypatch.setattr(FakeTensor, "tolist", read)
     monkeypatch.setattr(weights, "Checkpoint", Headers)
     monkeypatch.setattr(quantization, "ROWS_AT_ONCE", 1 << 20)  # fewer operations; they have no memory to spare
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(graph, "_record", record)
     monkeypatch.setattr(Model, "forward", guarded(Model.forward))
     monkeypatch.setattr(Sampler, "_draw_group", guarded(Sampler._draw_group, brings=True))
 
@@ -158,11 +174,11 @@ def fake(monkeypatch, tmp_path, files):
             monkeypatch.setattr(cuda, name, guarded(getattr(cuda, name)))
         tokenizer, vqgan = files
         model = weights.load(tmp_path, ops, tokenizer.vocab.image_tokens, 4096, None, GPU, quantization)
-        return Engine(model, tokenizer, vqgan, EngineConfig(num_pages=32, **options), [512])
+        config = EngineConfig(**{"num_pages": 32, "enforce_eager": True} | options)
+        return Engine(model, tokenizer, vqgan, config, [512])
 
-    make.launches, make.reads = [], []
-    with ExitStack() as stack:
-        make.mode = stack.enter_context(FakeTensors())
+    make.launches, make.reads, make.replayed = [], [], []
+    with FakeTensorMode():
         yield make
 
 
@@ -194,6 +210,36 @@ def test_with_flash_attn_only_the_prompt_is_attended_to_by_our_own_kernel(fake, 
     n_layers = made.model.config.n_layers
     assert len(flash.calls) == (len(fake.reads) - 1) * n_layers
     assert fake.launches.count("_paged_attention_kernel") == n_layers
+
+
+def test_a_step_of_an_image_is_one_graph_and_the_draw(fake):
+    made = fake("34B", "int8", enforce_eager=False, speculation=3, max_num_seqs=2)
+    recorded = len(fake.launches)
+    draw_a_row(made)
+    assert set(fake.launches[recorded:]) == {"_linear_kernel", "_guided_sample_kernel"}  # head and draw
+    assert len(fake.launches) == recorded + 2 * len(fake.reads)
+    assert len(fake.replayed) == len(fake.reads)
+    assert set(fake.replayed[1:]) == {8}  # three draws of two rows, a line end among them at times
+
+
+def test_the_pool_takes_what_is_left_of_the_memory_but_no_more_than_all_rows_need(fake):
+    assert fake("7B", None, num_pages=None).scheduler.pool.num_pages == 64 * 10240 // 256
+    page = 2 * 2 * 4096 * 2 * 256  # two layers
+    made = fake("7B", None, num_pages=None, gpu_memory_utilization=0.26)
+    assert made.scheduler.pool.num_pages == int(0.8 * 2**30) // page - 1
+    assert made.cache.k.shape[1] == made.scheduler.pool.num_pages
+    made = fake("7B", None, num_pages=9, enforce_eager=False, max_num_seqs=2)
+    assert made.scheduler.pool.num_pages == 9
+    assert made.cache.k.shape[1] == 10  # what graphs pad goes to a page that nobody is given
+
+
+def test_a_pool_that_does_not_fit_is_told_with_need_and_have(fake):
+    with pytest.raises(ValueError, match=r"^num_pages takes 78.1 GiB of KV cache; 52.0 are left of the GPU's 80.0 \("):
+        fake("7B", None, num_pages=10000)
+    with pytest.raises(
+        ValueError, match=r"^max_model_len \(10240 tokens\) takes 0.3 GiB .* 0.0 are left .* is 0.25\)$"
+    ):
+        fake("7B", None, num_pages=None, gpu_memory_utilization=0.25)
 
 
 def test_text_is_drawn_on_the_device(fake):
