@@ -553,6 +553,7 @@ def _checked(kind: type, options: dict):
 
 
 def default_device() -> str:
+    """A GPU where torch finds one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
