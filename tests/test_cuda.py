@@ -51,6 +51,7 @@ def first_row(ops, monkeypatch):
         return next(event.codes for event in events if isinstance(event, ImageRow))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu.py draws whole images where there is a GPU")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy tells of what the kernels mask away
 @pytest.mark.usefixtures("patched_once")
 def test_the_embedded_model_draws_the_same_with_triton_as_with_the_reference(monkeypatch):
