@@ -5,7 +5,7 @@ the weights themselves is resident. Everything wrong with a folder is told in on
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -270,7 +270,7 @@ def read_state(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
 def load(
     folder: Path,
     ops: ModuleType,
-    image_ids: Tensor,
+    image_ids: Sequence[int],
     max_positions: int,
     dtype: torch.dtype | None,
     device: str,
@@ -278,9 +278,9 @@ def load(
 ) -> Model:
     """Load a checkpoint folder.
 
-    image_ids: int64 [n_codes], ascending tokens whose rows of the head are wanted apart.  max_positions: length of
-    the RoPE table.  dtype: None for the checkpoint's own.  quantization: of the matrices, a key of
-    `kernels.quantization.BITS`, the head in int8 at least; None for what the checkpoint has.  Raises CheckpointError
+    image_ids: ascending tokens whose rows of the head are wanted apart.  max_positions: length of the RoPE table.
+    dtype: None for the checkpoint's own.  quantization: of the matrices, a key of `kernels.quantization.BITS`, the
+    head in int8 at least; None for what the checkpoint has.  Raises CheckpointError
     with everything that is wrong, and ValueError for a quantization that cannot be had.
     """
     if quantization not in (None, *BITS):
@@ -292,8 +292,8 @@ def load(
         raise ValueError(f"quantization is {quantization!r}; the checkpoint is in {stored} already")
     checkpoint = Checkpoint(folder)
     _check(checkpoint, config, stored)
-    if int(image_ids.max()) >= config.vocab_size:
-        problem = f"the tokenizer has an image token {int(image_ids.max())}, the model {config.vocab_size} tokens"
+    if image_ids[-1] >= config.vocab_size:
+        problem = f"the tokenizer has an image token {int(image_ids[-1])}, the model {config.vocab_size} tokens"
         raise CheckpointError(folder, [problem])
 
     def read(*names: str) -> Tensor:
@@ -349,12 +349,14 @@ def load(
     )
 
 
-def _rows(matrix: Tensor | QuantizedWeight, ids: Tensor) -> Tensor | QuantizedWeight:
+def _rows(matrix: Tensor | QuantizedWeight, ids: Sequence[int]) -> Tensor | QuantizedWeight:
     """Some rows, ascending; a view of them where they are neighbours."""
     if isinstance(matrix, QuantizedWeight):
         return QuantizedWeight(*(_rows(part, ids) for part in matrix))
-    first, last = int(ids[0]), int(ids[-1])
-    return matrix[first : last + 1] if last - first + 1 == len(ids) else matrix[ids.to(matrix.device)]
+    first, n = int(ids[0]), len(ids)
+    if int(ids[-1]) - first + 1 == n:
+        return matrix.narrow(0, first, n)
+    return matrix.index_select(0, torch.as_tensor(ids, device=matrix.device))
 
 
 def stored_dtype(values: Mapping, folder: Path) -> torch.dtype:
