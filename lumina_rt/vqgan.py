@@ -291,7 +291,8 @@ class VQGAN(nn.Module):
                 problems.append(f"misshaped: {name} is {got.dtype} {list(got.shape)}; expected floats {want}")
         if problems:
             raise CheckpointError(path, sorted(problems))
-        tensors = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
+        # Copies: what is left uncopied keeps the whole file in memory.
+        tensors = {name: tensor.to(device, dtype, copy=True) for name, tensor in tensors.items()}
         model.load_state_dict(tensors, assign=True)
         return model.to(memory_format=torch.channels_last).eval()
 

@@ -64,6 +64,11 @@ class Checkpoint:
                 part.copy_(file.get_tensor(name))
         return stacked
 
+    def mapped(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A tensor as it lies in its file, of which only what is used takes memory; a copy where `dtype` is another."""
+        with safe_open(self.tensors[name].path, framework="pt") as file:
+            return file.get_tensor(name).to(dtype)
+
     def _files(self) -> dict[Path, set[str]]:
         """The weight files of the folder, and the names that the index promises in each."""
         index_path = self.folder / "model.safetensors.index.json"
@@ -340,7 +345,7 @@ def load(
     return Model(
         config=config,
         ops=ops,
-        embed=read("model.embed_tokens.weight"),
+        embed=checkpoint.mapped("model.embed_tokens.weight", dtype).to(device),
         layers=layers,
         edge_norm=edge_norm,
         lm_head=ops.pack(lm_head),

@@ -111,6 +111,9 @@ class Headers(weights.Checkpoint):
         rows = sum(self.tensors[name].shape[0] for name in names)
         return torch.empty(rows, *self.tensors[names[0]].shape[1:], dtype=dtype)
 
+    def mapped(self, name, dtype):
+        return self.read([name], dtype)
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
