@@ -26,8 +26,9 @@ from lumina_rt.checkpoint import CheckpointError
 from lumina_rt.kernels import cpu, reference
 from lumina_rt.kv_cache import KVCache, Lease, bytes_a_token
 from lumina_rt.model import Model
-from lumina_rt.outputs import Answer, ImageRow, RequestOutput, TextDelta, Timings
-from lumina_rt.params import EngineConfig, SamplingParams
+from lumina_rt.outputs import Answer, ImageRow, Preview, RequestOutput, TextDelta, Timings
+from lumina_rt.params import EngineConfig, SamplingParams, checked_int
+from lumina_rt.previews import Previews
 from lumina_rt.prompts import IMAGE_MARK, Message
 from lumina_rt.request import Draw, Grammar, Request, Sample, answer_length
 from lumina_rt.sampler import Pick, Sampler
@@ -35,7 +36,7 @@ from lumina_rt.scheduler import Scheduler, Work, build_step
 from lumina_rt.tokenizer import Tokenizer
 from lumina_rt.vqgan import VQGAN, to_uint8
 
-Event = TextDelta | ImageRow | RequestOutput
+Event = TextDelta | ImageRow | Preview | RequestOutput
 Callback = Callable[[Event], None]
 
 # Areas that the released checkpoints were trained on, the default first; generation_config.json may name others.
@@ -78,6 +79,7 @@ class Engine:
         )
         self.scheduler = Scheduler(self.config, self.cache, num_pages)
         self.sampler = Sampler(model, tokenizer.vocab)
+        self.previews = Previews(self.decode_codes, factor)
         self._stepping = threading.Lock()  # held by the thread that steps; guards the scheduler and the cache
         self._requests: dict[int, Request] = {}
         # What other threads ask for waits here until the step that runs is over; appending needs no lock.
@@ -137,13 +139,15 @@ class Engine:
         *,
         progress: bool = True,
         callback: Callback | None = None,
+        preview_every: int | None = None,
     ) -> list[RequestOutput]:
         """Answer every conversation, in order; all of them share the steps.
 
         conversations: each a str, a Message, or the turns of a dialog (see `prompts.as_conversation`).
         params: one for all, or one each; the model's own by default.  progress: show a bar of image rows, with the
         time left.
-        callback: called with every TextDelta, ImageRow and RequestOutput, at most once a row inside an image.
+        callback: called with every TextDelta, ImageRow, Preview and RequestOutput.
+        preview_every: as of `stream`.
 
         Raises ValueError for bad input, before anything runs. Whatever is raised, nothing stays behind.
         """
@@ -158,18 +162,23 @@ class Engine:
         events: deque = deque()
         try:
             for conversation, request_params in zip(conversations, params, strict=True):
-                requests.append(self._submit(conversation, request_params, events))
+                requests.append(self._submit(conversation, request_params, events, preview_every))
             with _progress_bar(requests, shown=progress) as bar:
                 return self._finish(requests, events, bar, callback)
         finally:
             self._leave(requests)
 
-    def stream(self, conversation, params: SamplingParams | None = None) -> "Stream":
-        """Answer one conversation event by event: TextDelta, ImageRow, and last the RequestOutput.
+    def stream(
+        self, conversation, params: SamplingParams | None = None, *, preview_every: int | None = None
+    ) -> "Stream":
+        """Answer one conversation event by event: TextDelta, ImageRow, Preview, and last the RequestOutput.
 
-        Dropping or closing the stream early ends the request. Arguments and errors as `generate`.
+        preview_every: ask for a Preview of an image after so many rows, again and again; None for none. They are
+        decoded beside the steps; where one takes longer than its rows, those asked for meanwhile are left out.
+
+        Dropping or closing the stream early ends the request. Other arguments and errors as `generate`.
         """
-        return Stream(self, self._submit(conversation, params or self.params(), deque()))
+        return Stream(self, self._submit(conversation, params or self.params(), deque(), preview_every))
 
     def abort(self, request_id: int) -> bool:
         """End a request within a step, from any thread; what is finished of it comes as its RequestOutput.
@@ -193,6 +202,7 @@ class Engine:
         *,
         progress: bool = True,
         callback: Callback | None = None,
+        preview_every: int | None = None,
         **controls,
     ) -> RequestOutput | list[RequestOutput]:
         """Make images from text.
@@ -211,7 +221,7 @@ class Engine:
         unirep.check_size(*params.size, self.sizes)
         several = [prompt] if isinstance(prompt, str) else prompt
         texts = [prompts.text_to_image(text, *params.size) for text in several]
-        outputs = self.generate(texts, params, progress=progress, callback=callback)
+        outputs = self.generate(texts, params, progress=progress, callback=callback, preview_every=preview_every)
         return outputs[0] if isinstance(prompt, str) else outputs
 
     def edit(self, image, instruction: str, **controls) -> RequestOutput:
@@ -283,7 +293,7 @@ class Engine:
                     for token in tokens:
                         self._advance(work.request, work.sample, token)
                 for request in dict.fromkeys(work.request for work in plan):
-                    if request.is_finished:
+                    if self._show_preview(request) and request.is_finished:
                         self._retire(request)
         except BaseException as error:
             affected = self.scheduler.running if plan is None else [work.request for work in plan]
@@ -323,9 +333,11 @@ class Engine:
         if self._leaving:  # somebody came between the last look and the release
             self._leave([])
 
-    def _submit(self, conversation, params: SamplingParams, events: deque) -> Request:
+    def _submit(self, conversation, params: SamplingParams, events: deque, preview_every: int | None = None) -> Request:
         if not isinstance(params, SamplingParams):
             raise ValueError(f"params is a {type(params).__name__}; expected SamplingParams")
+        if preview_every is not None:
+            preview_every = checked_int("preview_every", preview_every, 1)
         if params.size:
             unirep.check_size(*params.size, self.sizes)
         prompt = prompts.encode_conversation(conversation, self.tokenizer, self.encode_image)
@@ -340,7 +352,7 @@ class Engine:
         seed = secrets.randbits(32) if params.seed is None else params.seed
         samples = [Sample(i, prompt, params, self.grammar, n_answer) for i in range(params.n)]
         texts = [self.tokenizer.stream() for _ in samples]
-        request = Request(next(self._ids), samples, Lease(self.scheduler.pool), seed, texts, events)
+        request = Request(next(self._ids), samples, Lease(self.scheduler.pool), seed, texts, events, preview_every)
         self.scheduler.check(request)
         self._requests[request.request_id] = request
         self._arriving.append(request)
@@ -359,10 +371,25 @@ class Engine:
             if text:
                 request.events.append(TextDelta(request.request_id, sample.index, text))
         if layout and (begun != sample.image_start or sample.rows_done > rows):
-            first = begun + 3 + rows * (layout.columns + 1)
-            codes = self.tokenizer.vocab.codes(np.array(sample.tokens[first : first + layout.columns]))
-            request.events.append(ImageRow(request.request_id, sample.index, n_images, rows, layout.rows, codes))
+            lines = np.array(sample.tokens[begun + 3 :][: (rows + 1) * (layout.columns + 1)]).reshape(rows + 1, -1)
+            codes = self.tokenizer.vocab.codes(lines[:, :-1])
+            request.events.append(ImageRow(request.request_id, sample.index, n_images, rows, layout.rows, codes[-1]))
+            is_asked = request.preview_every and len(codes) % request.preview_every == 0
+            if is_asked and not sample.finish_reason:
+                self.previews.begin(request, sample.index, n_images, layout, codes)
         self.scheduler.settle(request, sample)
+
+    def _show_preview(self, request: Request) -> bool:
+        """Pass a preview on that has become ready. One that failed ends its request; returns whether it goes on."""
+        try:
+            preview = self.previews.take(request)
+        except Exception as error:
+            request.events.append(error)
+            self._forget(request)
+            return False
+        if preview:
+            request.events.append(preview)
+        return True
 
     def _retire(self, request: Request, reason: str | None = None) -> None:
         """End a request and make its output. Its pages are free before its images are decoded."""
@@ -392,6 +419,8 @@ class Engine:
     def _forget(self, request: Request) -> None:
         self.scheduler.remove(request)
         self._requests.pop(request.request_id, None)
+        if request.preview:
+            request.preview.cancel()  # one that waits behind others is decoded for nobody
 
     def _read_answer(self, sample: Sample) -> Answer:
         vocab, tokens = self.tokenizer.vocab, sample.answer
@@ -452,9 +481,9 @@ class Engine:
         return codes[0].cpu().numpy()
 
     def _answer(self, conversation, controls: dict) -> RequestOutput:
-        progress, callback = controls.pop("progress", True), controls.pop("callback", None)
-        params = self.params(**controls)
-        return self.generate([conversation], params, progress=progress, callback=callback)[0]
+        known = ("progress", "callback", "preview_every")
+        options = {name: controls.pop(name) for name in known if name in controls}
+        return self.generate([conversation], self.params(**controls), **options)[0]
 
     def _image_to_image(self, text: str, image, controls: dict) -> RequestOutput:
         """Answer an image by one of the same size."""

@@ -7,6 +7,7 @@ and says what is to be drawn next. It knows tokens, not logits, and takes no dec
 import enum
 import time
 from collections import deque
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -206,8 +207,9 @@ def answer_length(params: SamplingParams, grammar: Grammar, room: int) -> int:
 class Request:
     """A prompt, its samples, and the pages it was promised.
 
-    events: where its caller finds what happens: TextDelta, ImageRow, and at last the RequestOutput, or the exception
-    that ended it. Requests of one caller may share it.
+    events: where its caller finds what happens: TextDelta, ImageRow, Preview, and at last the RequestOutput, or the
+    exception that ended it. Requests of one caller may share it.
+    preview_every: rows of an image from one preview to the next; None asks for none.
     """
 
     request_id: int
@@ -216,6 +218,8 @@ class Request:
     seed: int
     texts: list[TextStream]
     events: deque
+    preview_every: int | None = None
+    preview: Future | None = None  # the one in the making
     arrived: float = field(default_factory=time.perf_counter)
     admitted: float | None = None
     prefilled: float | None = None
