@@ -4,15 +4,17 @@
     engine.generate_image("a dog in a waterfall", seed=7).images[0].save("dog.png")
 
 It owns the step loop: schedule, one forward, draw, advance. Any thread may call it; steps run one at a time, in
-whichever thread waits for an answer. It does not know how a step is computed: that is the model's op list.
+whichever thread waits for an answer, and for callers in asyncio in a thread of the Engine's own. It does not know how
+a step is computed: that is the model's op list.
 """
 
+import asyncio
 import itertools
 import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -86,6 +88,8 @@ class Engine:
         self._arriving: deque[Request] = deque()
         self._leaving: deque[tuple[Request, str | None]] = deque()
         self._ids = itertools.count()
+        self._awaiting = threading.Lock()  # guards the next
+        self._is_looping = False  # whether a thread steps for callers in asyncio
 
     @classmethod
     def from_pretrained(
@@ -176,7 +180,12 @@ class Engine:
         preview_every: ask for a Preview of an image after so many rows, again and again; None for none. They are
         decoded beside the steps; where one takes longer than its rows, those asked for meanwhile are left out.
 
-        Dropping or closing the stream early ends the request. Other arguments and errors as `generate`.
+        `for event in stream` runs the steps itself; `async for event in stream` leaves them to a thread, which all
+        streams of all event loops share. Dropping or closing the stream early, or cancelling the task that reads it,
+        ends the request within a step. A picture of the user is encoded before this returns: a loop that must not
+        wait for that calls `await asyncio.to_thread(engine.stream, ...)`.
+
+        Other arguments and errors as `generate`.
         """
         return Stream(self, self._submit(conversation, params or self.params(), deque(), preview_every))
 
@@ -278,6 +287,28 @@ class Engine:
         finally:
             self._release()
 
+    def _await(self, request: Request, wake: Callable[[], None]) -> None:
+        """Have a thread step until this request has ended, and call `wake` at each of its events."""
+        with self._awaiting:
+            request.wake = wake
+            if not self._is_looping:
+                self._is_looping = True
+                threading.Thread(target=self._loop, name="steps", daemon=True).start()
+
+    def _loop(self) -> None:
+        while True:
+            with self._awaiting:
+                awaited = [request for request in tuple(self._requests.values()) if request.wake]
+                if not awaited:
+                    self._is_looping = False
+                    return
+            try:
+                self.step()
+            except BaseException as error:  # what this thread raised nobody would see; who awaits it is told
+                for request in awaited:
+                    request.tell(error)
+                    request.wake = None
+
     def _step(self) -> bool:
         self._apply()
         plan: list[Work] | None = None
@@ -298,7 +329,7 @@ class Engine:
         except BaseException as error:
             affected = self.scheduler.running if plan is None else [work.request for work in plan]
             for request in dict.fromkeys(affected):
-                request.events.append(error)
+                request.tell(error)
                 self._forget(request)
             if not isinstance(error, Exception):  # an interrupt is the caller's too
                 raise
@@ -369,11 +400,11 @@ class Engine:
             if sample.finish_reason:  # what is left of a character that was never finished
                 text += request.texts[sample.index].finish()
             if text:
-                request.events.append(TextDelta(request.request_id, sample.index, text))
+                request.tell(TextDelta(request.request_id, sample.index, text))
         if layout and (begun != sample.image_start or sample.rows_done > rows):
             lines = np.array(sample.tokens[begun + 3 :][: (rows + 1) * (layout.columns + 1)]).reshape(rows + 1, -1)
             codes = self.tokenizer.vocab.codes(lines[:, :-1])
-            request.events.append(ImageRow(request.request_id, sample.index, n_images, rows, layout.rows, codes[-1]))
+            request.tell(ImageRow(request.request_id, sample.index, n_images, rows, layout.rows, codes[-1]))
             is_asked = request.preview_every and len(codes) % request.preview_every == 0
             if is_asked and not sample.finish_reason:
                 self.previews.begin(request, sample.index, n_images, layout, codes)
@@ -384,11 +415,11 @@ class Engine:
         try:
             preview = self.previews.take(request)
         except Exception as error:
-            request.events.append(error)
+            request.tell(error)
             self._forget(request)
             return False
         if preview:
-            request.events.append(preview)
+            request.tell(preview)
         return True
 
     def _retire(self, request: Request, reason: str | None = None) -> None:
@@ -400,7 +431,7 @@ class Engine:
         try:
             answers = [self._read_answer(sample) for sample in request.samples]
         except Exception as error:  # its own caller is told; whoever runs this step may be another
-            request.events.append(error)
+            request.tell(error)
             return
         admitted = request.admitted or done
         prefilled = request.prefilled or done
@@ -414,7 +445,7 @@ class Engine:
             n_answer_tokens=sum(len(sample.answer) for sample in request.samples),
             n_steps=request.n_steps,
         )
-        request.events.append(RequestOutput(request.request_id, answers, request.seed, timings))
+        request.tell(RequestOutput(request.request_id, answers, request.seed, timings))
 
     def _forget(self, request: Request) -> None:
         self.scheduler.remove(request)
@@ -461,10 +492,7 @@ class Engine:
                     raise AssertionError("a request waits, and there is nothing to run")
             finally:
                 self._release()
-        event = events.popleft()
-        if isinstance(event, BaseException):
-            raise event
-        return event
+        return _raised(events.popleft())
 
     def decode_codes(self, codes: np.ndarray) -> Image.Image:
         """Draw the picture that codes stand for. codes: integers [rows, columns]."""
@@ -500,16 +528,17 @@ class Engine:
 
 
 class Stream:
-    """The events of one request, as they come: an iterator that ends after the RequestOutput.
+    """The events of one request, as they come: an iterator, plain or of asyncio, that ends after the RequestOutput.
 
     request_id: what `Engine.abort` takes. Each `next` runs steps until there is an event, and raises what ended the
-    request where that was no answer.
+    request where that was no answer; `anext` raises the same, and waits while a thread steps.
     """
 
     def __init__(self, engine: Engine, request: Request):
         self.request_id = request.request_id
         self._engine, self._request = engine, request
         self._is_done = False
+        self._loop: asyncio.AbstractEventLoop | None = None  # of the first `anext`
 
     def __iter__(self) -> Iterator[Event]:
         return self
@@ -518,17 +547,56 @@ class Stream:
         if self._is_done:
             raise StopIteration
         try:
-            event = self._engine._next_event(self._request.events)
+            return self._note(self._engine._next_event(self._request.events))
         except BaseException:
             self.close()
             raise
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        return self
+
+    async def __anext__(self) -> Event:
+        try:
+            await self._arrival()
+            if self._is_done:
+                raise StopAsyncIteration
+            return self._note(_raised(self._request.events.popleft()))
+        except BaseException:  # an error, or a task that was cancelled
+            self.close()
+            raise
+
+    async def _arrival(self) -> None:
+        """Wait until there is an event, or the stream is closed."""
+        events = self._request.events
+        if self._loop is None:
+            self._loop, self._ready = asyncio.get_running_loop(), asyncio.Event()
+            self._engine._await(self._request, self._wake)
+        while not (events or self._is_done):
+            self._ready.clear()
+            if not (events or self._is_done):  # nothing came before the flag was down
+                await self._ready.wait()
+
+    def _wake(self) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._ready.set)
+        except RuntimeError:  # the loop was closed: nobody is left to read
+            self._engine._leaving.append((self._request, None))
+
+    def _note(self, event: Event) -> Event:
         self._is_done = isinstance(event, RequestOutput)
         return event
 
+    async def aclose(self) -> None:
+        """As `close`, which waits for nothing either."""
+        self.close()
+
     def close(self) -> None:
         """End the request; its pages are free at once."""
-        self._is_done = True
-        self._engine._leave([self._request])
+        if not self._is_done:
+            self._is_done = True
+            self._engine._leave([self._request])
+            if self._loop:  # another task may wait for the next event
+                self._wake()
 
     def __enter__(self) -> "Stream":
         return self
@@ -536,8 +604,20 @@ class Stream:
     def __exit__(self, *_) -> None:
         self.close()
 
+    async def __aenter__(self) -> "Stream":
+        return self
+
+    async def __aexit__(self, *_) -> None:
+        self.close()
+
     def __del__(self):
         self.close()
+
+
+def _raised(event: Event | BaseException) -> Event:
+    if isinstance(event, BaseException):
+        raise event
+    return event
 
 
 def engine_config(options: dict) -> EngineConfig:
