@@ -8,7 +8,7 @@ engine.generate_image("a dog in a waterfall", seed=7).images[0].save("dog.png")
 
 from lumina_rt.checkpoint import CheckpointError
 from lumina_rt.engine import Engine
-from lumina_rt.outputs import Answer, ImageRow, RequestOutput, TextDelta, Timings
+from lumina_rt.outputs import Answer, ImageRow, Preview, RequestOutput, TextDelta, Timings
 from lumina_rt.params import EngineConfig, SamplingParams
 from lumina_rt.prompts import Message
 
@@ -19,6 +19,7 @@ __all__ = [
     "EngineConfig",
     "ImageRow",
     "Message",
+    "Preview",
     "RequestOutput",
     "SamplingParams",
     "TextDelta",

@@ -12,8 +12,10 @@ import math
 import os
 import platform
 import re
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import NoneType
@@ -22,13 +24,15 @@ from typing import get_args
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from lumina_rt import _C, convert, hub, images, quantized, unirep, vqgan, weights
 from lumina_rt.checkpoint import CheckpointError
 from lumina_rt.engine import IMAGE_TO_IMAGE, TARGET_SIZES, Engine, choose_ops, default_device, target_sizes_of
 from lumina_rt.kernels.quantization import BITS
-from lumina_rt.outputs import RequestOutput, TextDelta
-from lumina_rt.params import EngineConfig, SamplingParams
+from lumina_rt.outputs import Preview, RequestOutput, TextDelta
+from lumina_rt.params import EngineConfig, SamplingParams, checked_int
+from lumina_rt.previews import give_way
 from lumina_rt.prompts import Message
 
 VERSION = importlib.metadata.version("lumina_rt")
@@ -214,7 +218,11 @@ def _add_options(command, controls: Sequence[str], defaults: Mapping | None = No
     group = command.add_argument_group("sampling", "a model's generation_config.json may name defaults of its own")
     add_fields(group, SamplingParams, controls, defaults)
     _add_output(command)
-    command.add_argument("--quiet", action="store_true", help="show neither a bar nor a summary")
+    command.add_argument("--quiet", action="store_true", help="show neither a bar, nor previews, nor a summary")
+    group = command.add_argument_group("previews", "images as they grow; a terminal of 24-bit colors shows them")
+    group.add_argument("--preview-file", metavar="PNG", help="write them here too, each over the one before")
+    group.add_argument("--preview-every", type=int, default=4, metavar="N", help="rows of codes (default: 4)")
+    group.add_argument("--no-preview", action="store_true", help="show none in the terminal")
     _add_engine(command, model="demo")
 
 
@@ -264,6 +272,62 @@ def _engine(args) -> Engine:
     if args.model == "demo":
         print(DEMO_NOTE, file=sys.stderr)
     return engine
+
+
+class _Previews:
+    """A callback of the Engine that shows images as they grow: in the terminal, and in a file.
+
+    Several of them stand in one sheet, as do the views of `multiview`.
+    """
+
+    def __init__(self, args, outputs: Sequence[Path], beside_bar: bool = True):
+        """Check the options, before a model is loaded. outputs: files of the command. Raises ValueError."""
+        every = checked_int("--preview-every", args.preview_every, 1)
+        self._file = Path(args.preview_file) if args.preview_file else None
+        if self._file:
+            check_outputs([self._file], args.force)
+            if self._file.resolve() in [path.resolve() for path in outputs]:
+                raise ValueError(f"--preview-file is {str(self._file)!r}, which is also the output; expected another")
+        self._in_terminal = beside_bar and sys.stderr.isatty() and not (args.json or args.quiet or args.no_preview)
+        self.every = every if self._in_terminal or self._file else None
+        self.pictures: dict[tuple[int, int, int], Image.Image] = {}  # by request, answer and image
+        self._n_lines = 0  # of the picture that stands in the terminal
+        self._thread = ThreadPoolExecutor(1, "shown previews", initializer=give_way)  # steps wait for no PNG
+        self._drawing: Future | None = None
+
+    def __call__(self, event) -> None:
+        if not self.every:
+            return
+        if isinstance(event, Preview):
+            self.pictures[event.request_id, event.sample, event.image] = event.picture
+            if self._drawing is None or self._drawing.done():
+                self._draw()
+        elif isinstance(event, RequestOutput):
+            self.pictures |= {(event.request_id, answer, i): image for answer, i, image in _pictures(event)}
+            if self.pictures:
+                self._draw()
+                self._drawing.result()
+
+    def _draw(self) -> None:
+        """Draw all pictures as they are now. Raises what the drawing before raised."""
+        if self._drawing:
+            self._drawing.result()
+        self._drawing = self._thread.submit(self._draw_all, [self.pictures[key] for key in sorted(self.pictures)])
+
+    def _draw_all(self, pictures: list[Image.Image]) -> None:
+        sheet = _contact_sheet(pictures)
+        if self._file:
+            images.save_png(sheet, self._file, force=True)
+        if self._in_terminal:
+            self._show(sheet)
+
+    def _show(self, sheet: Image.Image) -> None:
+        columns, lines = shutil.get_terminal_size()
+        drawn = images.half_blocks(sheet, columns, max(1, lines - 2))  # a bar and the cursor stand below
+        up = f"\x1b[{self._n_lines}F\x1b[J" if self._n_lines else ""
+        with tqdm.external_write_mode(sys.stderr):
+            print(up + "\n".join(drawn), file=sys.stderr, flush=True)
+        self._n_lines = len(drawn)
 
 
 def output_paths(output: str, n: int) -> list[Path]:
@@ -338,20 +402,26 @@ def _generate(args):
     controls = _controls(args, defaults)
     paths = output_paths(args.output, len(texts) * controls["n"])
     check_outputs(paths, args.force)
+    previews = _Previews(args, paths)
     condition = images.open_image(args.condition) if args.condition else None
     engine = _engine(args)
-    controls, progress = _controls(args, defaults, engine), not args.quiet
+    controls, shown = _controls(args, defaults, engine), _shown(args, previews)
     if condition:
-        outputs = [engine.from_condition(condition, text, progress=progress, **controls) for text in texts]
+        outputs = [engine.from_condition(condition, text, **shown, **controls) for text in texts]
     else:
         sampling = {name: value for name, value in controls.items() if name != "n"}
-        outputs = engine.generate_image(texts, args.width, args.height, controls["n"], progress=progress, **sampling)
+        outputs = engine.generate_image(texts, args.width, args.height, controls["n"], **shown, **sampling)
     results = []
     for i, (text, output) in enumerate(zip(texts, outputs, strict=True)):
         asked = {"prompt": text} | ({"condition": args.condition} if condition else {})
         of_prompt = paths[i * controls["n"] : (i + 1) * controls["n"]]
         results.append(_save(args, output, of_prompt, asked, controls))
     return _report(args, results)
+
+
+def _shown(args, previews: _Previews) -> dict:
+    """Arguments of the Engine's tasks: what is shown while they run."""
+    return {"progress": not args.quiet, "callback": previews, "preview_every": previews.every}
 
 
 def _stdin_lines() -> list[str]:
@@ -376,10 +446,11 @@ def _image_to_image(args, asked: dict, task, *words: str):
     controls = _controls(args, IMAGE_TO_IMAGE)
     paths = output_paths(args.output, controls["n"])
     check_outputs(paths, args.force)
+    previews = _Previews(args, paths)
     picture = images.open_image(args.image)
     engine = _engine(args)
     controls = _controls(args, IMAGE_TO_IMAGE, engine)
-    output = task(engine, picture, *words, progress=not args.quiet, **controls)
+    output = task(engine, picture, *words, **_shown(args, previews), **controls)
     return _report(args, [_save(args, output, paths, asked, controls)])
 
 
@@ -390,9 +461,10 @@ def _multiview(args):
     sheet = Path(args.output)
     paths = [_numbered(sheet, i) for i in range(args.views)]
     check_outputs([sheet, *paths], args.force)
+    previews = _Previews(args, [sheet, *paths])
     engine = _engine(args)
     controls = _controls(args, None, engine)
-    output = engine.multiview(args.prompt, args.views, args.side, progress=not args.quiet, **controls)
+    output = engine.multiview(args.prompt, args.views, args.side, **_shown(args, previews), **controls)
     asked = {"prompt": args.prompt, "views": args.views}
     result = _save(args, output, paths, asked, controls)
     settings = _settings(args, output, asked, controls) | {"size": [args.side, args.side]}
@@ -403,7 +475,7 @@ def _multiview(args):
 def _contact_sheet(views: Sequence[Image.Image]) -> Image.Image:
     """All views in rows, as near to a square as their number allows."""
     columns = math.ceil(math.sqrt(len(views)))
-    width, height = views[0].size
+    width, height = (max(sides) for sides in zip(*(view.size for view in views), strict=True))
     sheet = Image.new("RGB", (columns * width, math.ceil(len(views) / columns) * height), "white")
     for i, view in enumerate(views):
         sheet.paste(view, (i % columns * width, i // columns * height))
@@ -416,18 +488,27 @@ def _chat(args):
     _controls(args)
     first = _numbered(Path(args.output), 0)
     check_outputs([first], force=True)  # names that are taken are passed over
+    # A bar or a picture would stand in the middle of the text, so they are shown only where no text comes.
+    is_drawn = args.message is not None and bool(getattr(args, "num_images", None))
+    previews = _Previews(args, [], beside_bar=is_drawn)
     pictures = [images.open_image(path) for path in args.image]
     engine = _engine(args)
     controls = _controls(args, None, engine)
+
+    def show(event) -> None:
+        previews(event)
+        if not args.json:
+            _print_text(event)
+
     codes = tuple(engine.encode_image(picture) for picture in pictures)
     dialog: list[Message] = []
     results = []
     for text in _questions() if args.message is None else [args.message]:
         question = Message("user", text, codes)
-        # A bar would stand in the middle of the text, so it is shown only where no text comes.
+        previews.pictures.clear()
         output = engine.chat(
-            [*dialog, question], callback=None if args.json else _print_text,
-            progress=bool(args.message is not None and controls["num_images"] and not args.quiet), **controls,
+            [*dialog, question], progress=is_drawn and not args.quiet, callback=show, preview_every=previews.every,
+            **controls,
         )  # fmt: skip
         answer = output.answers[0]
         paths = _free_paths(Path(args.output), len(answer.images))

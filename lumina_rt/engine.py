@@ -4,16 +4,18 @@
     engine.generate_image("a dog in a waterfall", seed=7).images[0].save("dog.png")
 
 It owns the step loop: schedule, one forward, draw, advance. Any thread may call it; steps run one at a time, in
-whichever thread waits for an answer. It does not know how a step is computed: that is the model's op list.
+whichever thread waits for an answer, and for callers in asyncio in a thread of the Engine's own. It does not know how
+a step is computed: that is the model's op list.
 """
 
+import asyncio
 import importlib.util
 import itertools
 import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
@@ -29,8 +31,9 @@ from lumina_rt.graph import Graphs
 from lumina_rt.kernels import cpu
 from lumina_rt.kv_cache import KVCache, Lease, bytes_a_token
 from lumina_rt.model import Model
-from lumina_rt.outputs import Answer, ImageRow, RequestOutput, TextDelta, Timings
-from lumina_rt.params import EngineConfig, SamplingParams
+from lumina_rt.outputs import Answer, ImageRow, Preview, RequestOutput, TextDelta, Timings
+from lumina_rt.params import EngineConfig, SamplingParams, checked_int
+from lumina_rt.previews import Previews
 from lumina_rt.prompts import IMAGE_MARK, Message
 from lumina_rt.request import Draw, Grammar, Request, Sample, answer_length
 from lumina_rt.sampler import Pick, Sampler
@@ -38,7 +41,7 @@ from lumina_rt.scheduler import Scheduler, Work, build_step
 from lumina_rt.tokenizer import Tokenizer
 from lumina_rt.vqgan import VQGAN, to_uint8
 
-Event = TextDelta | ImageRow | RequestOutput
+Event = TextDelta | ImageRow | Preview | RequestOutput
 Callback = Callable[[Event], None]
 
 # Areas that the released checkpoints were trained on, the default first; generation_config.json may name others.
@@ -85,12 +88,15 @@ class Engine:
             self.graphs = Graphs(model, self.cache, self.config.max_num_seqs, self._blocks_of_the_longest_row())
         self.scheduler = Scheduler(self.config, self.cache, num_pages)
         self.sampler = Sampler(model, tokenizer.vocab)
+        self.previews = Previews(self.decode_codes, factor)
         self._stepping = threading.Lock()  # held by the thread that steps; guards the scheduler and the cache
         self._requests: dict[int, Request] = {}
         # What other threads ask for waits here until the step that runs is over; appending needs no lock.
         self._arriving: deque[Request] = deque()
         self._leaving: deque[tuple[Request, str | None]] = deque()
         self._ids = itertools.count()
+        self._awaiting = threading.Lock()  # guards the next
+        self._is_looping = False  # whether a thread steps for callers in asyncio
 
     @classmethod
     def from_pretrained(
@@ -148,13 +154,15 @@ class Engine:
         *,
         progress: bool = True,
         callback: Callback | None = None,
+        preview_every: int | None = None,
     ) -> list[RequestOutput]:
         """Answer every conversation, in order; all of them share the steps.
 
         conversations: each a str, a Message, or the turns of a dialog (see `prompts.as_conversation`).
         params: one for all, or one each; the model's own by default.  progress: show a bar of image rows, with the
         time left.
-        callback: called with every TextDelta, ImageRow and RequestOutput, at most once a row inside an image.
+        callback: called with every TextDelta, ImageRow, Preview and RequestOutput.
+        preview_every: as of `stream`.
 
         Raises ValueError for bad input, before anything runs. Whatever is raised, nothing stays behind.
         """
@@ -169,18 +177,28 @@ class Engine:
         events: deque = deque()
         try:
             for conversation, request_params in zip(conversations, params, strict=True):
-                requests.append(self._submit(conversation, request_params, events))
+                requests.append(self._submit(conversation, request_params, events, preview_every))
             with _progress_bar(requests, shown=progress) as bar:
                 return self._finish(requests, events, bar, callback)
         finally:
             self._leave(requests)
 
-    def stream(self, conversation, params: SamplingParams | None = None) -> "Stream":
-        """Answer one conversation event by event: TextDelta, ImageRow, and last the RequestOutput.
+    def stream(
+        self, conversation, params: SamplingParams | None = None, *, preview_every: int | None = None
+    ) -> "Stream":
+        """Answer one conversation event by event: TextDelta, ImageRow, Preview, and last the RequestOutput.
 
-        Dropping or closing the stream early ends the request. Arguments and errors as `generate`.
+        preview_every: ask for a Preview of an image after so many rows, again and again; None for none. They are
+        decoded beside the steps; where one takes longer than its rows, those asked for meanwhile are left out.
+
+        `for event in stream` runs the steps itself; `async for event in stream` leaves them to a thread, which all
+        streams of all event loops share. Dropping or closing the stream early, or cancelling the task that reads it,
+        ends the request within a step. A picture of the user is encoded before this returns: a loop that must not
+        wait for that calls `await asyncio.to_thread(engine.stream, ...)`.
+
+        Other arguments and errors as `generate`.
         """
-        return Stream(self, self._submit(conversation, params or self.params(), deque()))
+        return Stream(self, self._submit(conversation, params or self.params(), deque(), preview_every))
 
     def abort(self, request_id: int) -> bool:
         """End a request within a step, from any thread; what is finished of it comes as its RequestOutput.
@@ -204,6 +222,7 @@ class Engine:
         *,
         progress: bool = True,
         callback: Callback | None = None,
+        preview_every: int | None = None,
         **controls,
     ) -> RequestOutput | list[RequestOutput]:
         """Make images from text.
@@ -222,7 +241,7 @@ class Engine:
         unirep.check_size(*params.size, self.sizes)
         several = [prompt] if isinstance(prompt, str) else prompt
         texts = [prompts.text_to_image(text, *params.size) for text in several]
-        outputs = self.generate(texts, params, progress=progress, callback=callback)
+        outputs = self.generate(texts, params, progress=progress, callback=callback, preview_every=preview_every)
         return outputs[0] if isinstance(prompt, str) else outputs
 
     def edit(self, image, instruction: str, **controls) -> RequestOutput:
@@ -279,6 +298,28 @@ class Engine:
         finally:
             self._release()
 
+    def _await(self, request: Request, wake: Callable[[], None]) -> None:
+        """Have a thread step until this request has ended, and call `wake` at each of its events."""
+        with self._awaiting:
+            request.wake = wake
+            if not self._is_looping:
+                self._is_looping = True
+                threading.Thread(target=self._loop, name="steps", daemon=True).start()
+
+    def _loop(self) -> None:
+        while True:
+            with self._awaiting:
+                awaited = [request for request in tuple(self._requests.values()) if request.wake]
+                if not awaited:
+                    self._is_looping = False
+                    return
+            try:
+                self.step()
+            except BaseException as error:  # what this thread raised nobody would see; who awaits it is told
+                for request in awaited:
+                    request.tell(error)
+                    request.wake = None
+
     def _step(self) -> bool:
         self._apply()
         plan: list[Work] | None = None
@@ -295,12 +336,12 @@ class Engine:
                     for token in tokens:
                         self._advance(work.request, work.sample, token)
                 for request in dict.fromkeys(work.request for work in plan):
-                    if request.is_finished:
+                    if self._show_preview(request) and request.is_finished:
                         self._retire(request)
         except BaseException as error:
             affected = self.scheduler.running if plan is None else [work.request for work in plan]
             for request in dict.fromkeys(affected):
-                request.events.append(error)
+                request.tell(error)
                 self._forget(request)
             if not isinstance(error, Exception):  # an interrupt is the caller's too
                 raise
@@ -335,9 +376,11 @@ class Engine:
         if self._leaving:  # somebody came between the last look and the release
             self._leave([])
 
-    def _submit(self, conversation, params: SamplingParams, events: deque) -> Request:
+    def _submit(self, conversation, params: SamplingParams, events: deque, preview_every: int | None = None) -> Request:
         if not isinstance(params, SamplingParams):
             raise ValueError(f"params is a {type(params).__name__}; expected SamplingParams")
+        if preview_every is not None:
+            preview_every = checked_int("preview_every", preview_every, 1)
         if params.size:
             unirep.check_size(*params.size, self.sizes)
         prompt = prompts.encode_conversation(conversation, self.tokenizer, self.encode_image)
@@ -352,7 +395,7 @@ class Engine:
         seed = secrets.randbits(32) if params.seed is None else params.seed
         samples = [Sample(i, prompt, params, self.grammar, n_answer) for i in range(params.n)]
         texts = [self.tokenizer.stream() for _ in samples]
-        request = Request(next(self._ids), samples, Lease(self.scheduler.pool), seed, texts, events)
+        request = Request(next(self._ids), samples, Lease(self.scheduler.pool), seed, texts, events, preview_every)
         self.scheduler.check(request)
         self._requests[request.request_id] = request
         self._arriving.append(request)
@@ -369,12 +412,27 @@ class Engine:
             if sample.finish_reason:  # what is left of a character that was never finished
                 text += request.texts[sample.index].finish()
             if text:
-                request.events.append(TextDelta(request.request_id, sample.index, text))
+                request.tell(TextDelta(request.request_id, sample.index, text))
         if layout and (begun != sample.image_start or sample.rows_done > rows):
-            first = begun + 3 + rows * (layout.columns + 1)
-            codes = self.tokenizer.vocab.codes(np.array(sample.tokens[first : first + layout.columns]))
-            request.events.append(ImageRow(request.request_id, sample.index, n_images, rows, layout.rows, codes))
+            lines = np.array(sample.tokens[begun + 3 :][: (rows + 1) * (layout.columns + 1)]).reshape(rows + 1, -1)
+            codes = self.tokenizer.vocab.codes(lines[:, :-1])
+            request.tell(ImageRow(request.request_id, sample.index, n_images, rows, layout.rows, codes[-1]))
+            is_asked = request.preview_every and len(codes) % request.preview_every == 0
+            if is_asked and not sample.finish_reason:
+                self.previews.begin(request, sample.index, n_images, layout, codes)
         self.scheduler.settle(request, sample)
+
+    def _show_preview(self, request: Request) -> bool:
+        """Pass a preview on that has become ready. One that failed ends its request; returns whether it goes on."""
+        try:
+            preview = self.previews.take(request)
+        except Exception as error:
+            request.tell(error)
+            self._forget(request)
+            return False
+        if preview:
+            request.tell(preview)
+        return True
 
     def _retire(self, request: Request, reason: str | None = None) -> None:
         """End a request and make its output. Its pages are free before its images are decoded."""
@@ -385,7 +443,7 @@ class Engine:
         try:
             answers = [self._read_answer(sample) for sample in request.samples]
         except Exception as error:  # its own caller is told; whoever runs this step may be another
-            request.events.append(error)
+            request.tell(error)
             return
         admitted = request.admitted or done
         prefilled = request.prefilled or done
@@ -399,11 +457,13 @@ class Engine:
             n_answer_tokens=sum(len(sample.answer) for sample in request.samples),
             n_steps=request.n_steps,
         )
-        request.events.append(RequestOutput(request.request_id, answers, request.seed, timings))
+        request.tell(RequestOutput(request.request_id, answers, request.seed, timings))
 
     def _forget(self, request: Request) -> None:
         self.scheduler.remove(request)
         self._requests.pop(request.request_id, None)
+        if request.preview:
+            request.preview.cancel()  # one that waits behind others is decoded for nobody
 
     def _read_answer(self, sample: Sample) -> Answer:
         vocab, tokens = self.tokenizer.vocab, sample.answer
@@ -444,10 +504,7 @@ class Engine:
                     raise AssertionError("a request waits, and there is nothing to run")
             finally:
                 self._release()
-        event = events.popleft()
-        if isinstance(event, BaseException):
-            raise event
-        return event
+        return _raised(events.popleft())
 
     def decode_codes(self, codes: np.ndarray) -> Image.Image:
         """Draw the picture that codes stand for. codes: integers [rows, columns]."""
@@ -464,9 +521,9 @@ class Engine:
         return codes[0].cpu().numpy()
 
     def _answer(self, conversation, controls: dict) -> RequestOutput:
-        progress, callback = controls.pop("progress", True), controls.pop("callback", None)
-        params = self.params(**controls)
-        return self.generate([conversation], params, progress=progress, callback=callback)[0]
+        known = ("progress", "callback", "preview_every")
+        options = {name: controls.pop(name) for name in known if name in controls}
+        return self.generate([conversation], self.params(**controls), **options)[0]
 
     def _image_to_image(self, text: str, image, controls: dict) -> RequestOutput:
         """Answer an image by one of the same size."""
@@ -500,16 +557,17 @@ class Engine:
 
 
 class Stream:
-    """The events of one request, as they come: an iterator that ends after the RequestOutput.
+    """The events of one request, as they come: an iterator, plain or of asyncio, that ends after the RequestOutput.
 
     request_id: what `Engine.abort` takes. Each `next` runs steps until there is an event, and raises what ended the
-    request where that was no answer.
+    request where that was no answer; `anext` raises the same, and waits while a thread steps.
     """
 
     def __init__(self, engine: Engine, request: Request):
         self.request_id = request.request_id
         self._engine, self._request = engine, request
         self._is_done = False
+        self._loop: asyncio.AbstractEventLoop | None = None  # of the first `anext`
 
     def __iter__(self) -> Iterator[Event]:
         return self
@@ -518,17 +576,56 @@ class Stream:
         if self._is_done:
             raise StopIteration
         try:
-            event = self._engine._next_event(self._request.events)
+            return self._note(self._engine._next_event(self._request.events))
         except BaseException:
             self.close()
             raise
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        return self
+
+    async def __anext__(self) -> Event:
+        try:
+            await self._arrival()
+            if self._is_done:
+                raise StopAsyncIteration
+            return self._note(_raised(self._request.events.popleft()))
+        except BaseException:  # an error, or a task that was cancelled
+            self.close()
+            raise
+
+    async def _arrival(self) -> None:
+        """Wait until there is an event, or the stream is closed."""
+        events = self._request.events
+        if self._loop is None:
+            self._loop, self._ready = asyncio.get_running_loop(), asyncio.Event()
+            self._engine._await(self._request, self._wake)
+        while not (events or self._is_done):
+            self._ready.clear()
+            if not (events or self._is_done):  # nothing came before the flag was down
+                await self._ready.wait()
+
+    def _wake(self) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._ready.set)
+        except RuntimeError:  # the loop was closed: nobody is left to read
+            self._engine._leaving.append((self._request, None))
+
+    def _note(self, event: Event) -> Event:
         self._is_done = isinstance(event, RequestOutput)
         return event
 
+    async def aclose(self) -> None:
+        """As `close`, which waits for nothing either."""
+        self.close()
+
     def close(self) -> None:
         """End the request; its pages are free at once."""
-        self._is_done = True
-        self._engine._leave([self._request])
+        if not self._is_done:
+            self._is_done = True
+            self._engine._leave([self._request])
+            if self._loop:  # another task may wait for the next event
+                self._wake()
 
     def __enter__(self) -> "Stream":
         return self
@@ -536,8 +633,20 @@ class Stream:
     def __exit__(self, *_) -> None:
         self.close()
 
+    async def __aenter__(self) -> "Stream":
+        return self
+
+    async def __aexit__(self, *_) -> None:
+        self.close()
+
     def __del__(self):
         self.close()
+
+
+def _raised(event: Event | BaseException) -> Event:
+    if isinstance(event, BaseException):
+        raise event
+    return event
 
 
 def engine_config(options: dict) -> EngineConfig:

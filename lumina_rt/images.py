@@ -162,6 +162,25 @@ def to_pixels(image: Image.Image) -> np.ndarray:
     return np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)
 
 
+def half_blocks(image: Image.Image, columns: int, lines: int) -> list[str]:
+    """Draw a picture in characters for a terminal of 24-bit colors: an upper half block shows two pixels.
+
+    It is made smaller, never larger, to fit `columns` characters and `lines` lines. Returns its lines.
+    """
+    scale = min(1, columns / image.width, 2 * lines / image.height)
+    # An even height, as each line holds two rows of pixels.
+    size = max(1, int(image.width * scale)), 2 * max(1, int(image.height * scale) // 2)
+    pixels = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BOX))
+    return [
+        "".join(
+            "\x1b[38;2;{};{};{};48;2;{};{};{}m\u2580".format(*upper, *lower)
+            for upper, lower in zip(above, below, strict=True)
+        )
+        + "\x1b[0m"
+        for above, below in zip(pixels[::2], pixels[1::2], strict=True)
+    ]
+
+
 def save_png(image: Image.Image, path: str | Path, settings: Mapping | None = None, force: bool = False) -> None:
     """Write a PNG that carries `settings` (anything JSON can hold) in an iTXt chunk named "lumina_rt".
 

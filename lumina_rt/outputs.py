@@ -30,6 +30,21 @@ class ImageRow:
 
 
 @dataclass(frozen=True)
+class Preview:
+    """An image that is still being drawn. picture: RGB, of the final size, and gray where nothing is drawn yet.
+
+    rows_done: finished rows of codes, of n_rows, when it was asked for; the picture comes some steps later.
+    """
+
+    request_id: int
+    sample: int
+    image: int
+    rows_done: int
+    n_rows: int
+    picture: Image.Image
+
+
+@dataclass(frozen=True)
 class Timings:
     """Seconds of one request: waiting, until its first token, until its last, and in the VQGAN; and counts."""
 

@@ -123,12 +123,16 @@ def _is_side(value) -> bool:
 
 def _take_int(params, name: str, least: int, most: int | None = None) -> None:
     """Check a field and make it a plain int, as numpy's count as well."""
-    value = getattr(params, name)
+    object.__setattr__(params, name, checked_int(name, getattr(params, name), least, most))
+
+
+def checked_int(name: str, value, least: int, most: int | None = None) -> int:
+    """`value` as a plain int. Raises ValueError unless it is a whole number within the bounds."""
     whole = isinstance(value, Integral) and not isinstance(value, bool)
     if not whole or value < least or (most is not None and value > most):
         bound = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{name} is {value!r}; expected a whole number {bound}")
-    object.__setattr__(params, name, int(value))
+    return int(value)
 
 
 def _take_float(params, name: str, least: float, most: float, above: bool = False) -> None:

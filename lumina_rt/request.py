@@ -7,6 +7,8 @@ and says what is to be drawn next. It knows tokens, not logits, and takes no dec
 import enum
 import time
 from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -206,8 +208,10 @@ def answer_length(params: SamplingParams, grammar: Grammar, room: int) -> int:
 class Request:
     """A prompt, its samples, and the pages it was promised.
 
-    events: where its caller finds what happens: TextDelta, ImageRow, and at last the RequestOutput, or the exception
-    that ended it. Requests of one caller may share it.
+    events: where its caller finds what happens: TextDelta, ImageRow, Preview, and at last the RequestOutput, or the
+    exception that ended it. Requests of one caller may share it.
+    preview_every: rows of an image from one preview to the next; None asks for none.
+    wake: called, in the thread that steps, when there is an event for a caller in asyncio.
     """
 
     request_id: int
@@ -216,11 +220,19 @@ class Request:
     seed: int
     texts: list[TextStream]
     events: deque
+    preview_every: int | None = None
+    preview: Future | None = None  # the one in the making
+    wake: Callable[[], None] | None = None
     arrived: float = field(default_factory=time.perf_counter)
     admitted: float | None = None
     prefilled: float | None = None
     n_steps: int = 0
     has_forked: bool = False  # the other samples have taken over the first one's prompt
+
+    def tell(self, event) -> None:
+        self.events.append(event)
+        if self.wake:
+            self.wake()
 
     @property
     def is_finished(self) -> bool:

@@ -3,12 +3,14 @@
 import argparse
 import io
 import json
+import sys
 from dataclasses import fields
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_previews import AtOnce
 
 from lumina_rt import Engine, EngineConfig, SamplingParams, TextDelta, cli, dummy, images
 from lumina_rt.vqgan import VQGAN
@@ -426,6 +428,80 @@ def test_an_interrupt_is_130_and_leaves_no_file(run, tmp_path, monkeypatch, argv
     assert (code, out) == (130, "")
     assert "Traceback" not in err
     assert png_names(tmp_path) == []
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    for name in ("previews", "cli"):
+        monkeypatch.setattr(f"lumina_rt.{name}.ThreadPoolExecutor", AtOnce)
+
+
+def test_a_preview_file_is_written_over_and_over_and_ends_as_the_image(run, at_once, monkeypatch, tmp_path):
+    seen, save_png = [], images.save_png
+
+    def spy(image, path, settings=None, force=False):
+        save_png(image, path, settings, force)
+        seen.append((path.name, np.asarray(image)))
+
+    monkeypatch.setattr(images, "save_png", spy)
+    code, out, err = run("generate", "a dog", *SMALL, "--preview-file", "p.png", "--preview-every", "1", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["results"][0]["files"] == ["lumina.png"]
+    assert [name for name, _ in seen] == ["p.png"] * 4 + ["lumina.png"]
+    gray = [(pixels == 128).all((1, 2)).sum() for _, pixels in seen]  # lines of pixels
+    assert gray == [48, 32, 16, 0, 0]
+    assert np.array_equal(np.asarray(Image.open("p.png")), np.asarray(Image.open("lumina.png")))
+    assert png_names(tmp_path) == ["lumina.png", "p.png"]
+
+
+def test_the_preview_file_of_several_images_is_a_sheet(run, at_once):
+    assert run("multiview", "a chair", "--views", "2", "--size", "64", "--preview-file", "p.png")[0] == 0
+    assert np.array_equal(np.asarray(Image.open("p.png")), np.asarray(Image.open("lumina.png")))
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [((), True), (("--no-preview",), False), (("--json",), False), (("--preview-every", "100"), True)],
+)
+def test_a_terminal_shows_an_image_as_it_grows(plain, checkpoint, at_once, monkeypatch, options, shown):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    machine = [option for option in MACHINE if option != "--quiet"]
+    model = ("--model", str(checkpoint), "--seed", "3")
+    code, _, err = plain("generate", "a dog", *SMALL, *model, *machine, "--preview-every", "1", *options)
+    assert code == 0
+    assert ("\u2580" in err) == shown
+    n_pictures = 1 if "100" in options else 4  # three of rows and the whole one
+    assert err.count("\x1b[J") == (n_pictures - 1 if shown else 0)  # each but the first replaces one
+
+
+def test_no_terminal_shows_no_preview_and_quiet_neither(plain, run, checkpoint, at_once, monkeypatch):
+    machine = [option for option in MACHINE if option != "--quiet"]
+    assert "\u2580" not in plain("generate", "a dog", *SMALL, *machine, "--model", str(checkpoint))[2]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert run("generate", "a dog", *SMALL, "--force")[2] == ""
+
+
+def test_a_preview_file_that_cannot_be_written_ends_the_command_in_one_line(run, monkeypatch, tmp_path):
+    def fail(image, path, settings=None, force=False):
+        raise ValueError(f"{path} cannot be written: No space left on device")
+
+    monkeypatch.setattr(images, "save_png", fail)
+    assert "p.png cannot be written" in error_line(*run("generate", "a dog", *SMALL, "--preview-file", "p.png"))
+    assert png_names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--preview-file", "p.jpg"), "'p.jpg'; expected a name that ends in .png"),
+        (("--preview-file", "nowhere/p.png"), "nowhere is no folder"),
+        (("--preview-file", "in.png"), "in.png exists already"),
+        (("--preview-file", "./lumina.png"), "--preview-file is 'lumina.png', which is also the output"),
+        (("--preview-every", "0"), "--preview-every is 0; expected a whole number of at least 1"),
+    ],
+)
+def test_bad_options_of_previews_are_one_line_before_the_model_loads(run, no_model, picture, options, words):
+    assert words in error_line(*run("generate", "a dog", *options))
 
 
 @pytest.mark.parametrize("kind", [SamplingParams, EngineConfig])

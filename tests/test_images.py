@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo, iTXt
 
-from lumina_rt.images import best_size, fit, open_image, read_settings, save_png, to_pixels
+from lumina_rt.images import best_size, fit, half_blocks, open_image, read_settings, save_png, to_pixels
 from lumina_rt.unirep import candidate_sizes
 
 SIZES = candidate_sizes(512)
@@ -421,3 +421,22 @@ def test_places_that_cannot_be_written_are_told(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written"):
         save_png(picture(), tmp_path / "file" / "a.png", force=True)
+
+
+def test_half_blocks_show_two_rows_of_pixels_a_line():
+    picture = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(2, 2, 3))
+    assert half_blocks(picture, 80, 24) == [
+        "\x1b[38;2;0;1;2;48;2;6;7;8m\u2580\x1b[38;2;3;4;5;48;2;9;10;11m\u2580\x1b[0m"
+    ]
+
+
+@pytest.mark.parametrize("size", [(768, 768), (1536, 384), (384, 1536), (40, 20), (1, 1), (300, 1), (1, 300)])
+def test_half_blocks_fit_the_terminal_and_keep_the_shape(size):
+    lines = half_blocks(Image.new("RGB", size), 80, 24)
+    columns = lines[0].count("\u2580")
+    assert 1 <= len(lines) <= 24
+    assert 1 <= columns <= 80
+    assert all(line.count("\u2580") == columns for line in lines)
+    if min(size) > 1:
+        assert columns / (2 * len(lines)) == pytest.approx(size[0] / size[1], rel=0.1)
+        assert columns == min(size[0], 80, int(48 * size[0] / size[1]))

@@ -1,0 +1,50 @@
+"""Pictures of images that are still being drawn, decoded beside the steps and never waited for.
+
+One thread decodes for a whole Engine, in the order of asking. A request has one preview in the making at a time: what
+it asks for meanwhile is left out. It knows codes and pixels, not tokens.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from PIL import Image
+
+from lumina_rt.outputs import Preview
+from lumina_rt.request import Request
+from lumina_rt.unirep import Layout
+
+UNDRAWN = (128, 128, 128)
+
+
+class Previews:
+    """decode: the picture that codes, int64 [rows, columns], stand for.  factor: pixels per latent."""
+
+    def __init__(self, decode: Callable[[np.ndarray], Image.Image], factor: int):
+        self._decode, self._factor = decode, factor
+        self._thread = ThreadPoolExecutor(1, "previews", initializer=give_way)
+
+    def begin(self, request: Request, sample: int, image: int, layout: Layout, codes: np.ndarray) -> None:
+        """Have the finished rows of an image decoded, unless a preview of this request is still in the making."""
+        if request.preview is None:
+            request.preview = self._thread.submit(self._draw, request.request_id, sample, image, layout, codes)
+
+    def take(self, request: Request) -> Preview | None:
+        """The preview that has become ready, once. Raises what its decoding raised."""
+        if request.preview is None or not request.preview.done():
+            return None
+        ready, request.preview = request.preview, None
+        return ready.result()
+
+    def _draw(self, request_id: int, sample: int, image: int, layout: Layout, codes: np.ndarray) -> Preview:
+        picture = Image.new("RGB", layout.size(self._factor), UNDRAWN)
+        picture.paste(self._decode(codes))
+        return Preview(request_id, sample, image, len(codes), layout.rows, picture)
+
+
+def give_way() -> None:
+    """Let this thread have what the steps leave of the cores. Elsewhere than on Linux nice is not a thread's."""
+    if sys.platform == "linux":
+        os.nice(19)

@@ -1,0 +1,129 @@
+"""Previews: the finished rows over gray, decoded beside the steps, never waited for, and their errors told."""
+
+import threading
+from concurrent.futures import Future
+
+import numpy as np
+import pytest
+from test_engine import assert_nothing_is_left
+
+from lumina_rt import ImageRow, Preview, RequestOutput, SamplingParams
+from lumina_rt.previews import UNDRAWN
+
+IMAGE = SamplingParams(num_images=1, size=(64, 160), seed=3)  # 10 rows of 4 codes
+
+
+class AtOnce:
+    """In the place of the thread of previews: decodes while it is asked."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def submit(self, call, *args):
+        done = Future()
+        done.set_result(call(*args))
+        return done
+
+
+def read(stream):
+    """All events of a stream; each preview is waited for before the next step."""
+    events = []
+    for event in stream:
+        events.append(event)
+        if stream._request.preview:
+            stream._request.preview.exception()
+    return events
+
+
+def test_a_preview_is_the_finished_rows_decoded_over_gray(engine):
+    events = read(engine.stream("a dog", IMAGE, preview_every=3))
+    previews = [event for event in events if isinstance(event, Preview)]
+    assert [(p.sample, p.image, p.rows_done, p.n_rows) for p in previews] == [(0, 0, n, 10) for n in (3, 6, 9)]
+    codes = events[-1].answers[0].codes[0]
+    for preview in previews:
+        pixels, height = np.asarray(preview.picture), 16 * preview.rows_done
+        assert pixels.shape == (160, 64, 3)
+        assert np.array_equal(pixels[:height], np.asarray(engine.decode_codes(codes[: preview.rows_done])))
+        assert (pixels[height:] == UNDRAWN).all()
+    assert isinstance(events[-1], RequestOutput)
+
+
+def test_previews_change_no_token_and_none_come_unasked(engine):
+    *_, plain = events = read(engine.stream("a dog", IMAGE))
+    assert not any(isinstance(event, Preview) for event in events)
+    assert read(engine.stream("a dog", IMAGE, preview_every=1))[-1].token_ids == plain.token_ids
+
+
+def test_each_image_of_each_answer_has_previews(engine):
+    engine.previews._thread = AtOnce()
+    params = SamplingParams(num_images=2, size=(64, 64), n=2, seed=1)
+    events = engine.stream("a dog", params, preview_every=2)
+    previews = [(p.sample, p.image, p.rows_done) for p in events if isinstance(p, Preview)]
+    # The last row of an answer asks for none.
+    assert sorted(previews) == [(sample, *place) for sample in (0, 1) for place in ((0, 2), (0, 4), (1, 2))]
+
+
+def test_steps_never_wait_for_a_preview_and_what_comes_meanwhile_is_left_out(engine):
+    begun, go_on, asked = threading.Event(), threading.Event(), []
+
+    def decode(codes):
+        asked.append(len(codes))
+        begun.set()
+        assert go_on.wait(60)
+        return engine.decode_codes(codes)
+
+    engine.previews._decode = decode
+    rows, previews = 0, []
+    for event in engine.stream("a dog", IMAGE, preview_every=1):
+        rows += isinstance(event, ImageRow)
+        assert begun.wait(60)
+        if isinstance(event, Preview):
+            previews.append(event.rows_done)
+        if rows == 5 and not go_on.is_set():
+            (request,) = engine._requests.values()
+            assert asked == [1]
+            assert not request.preview.done()
+            go_on.set()
+            request.preview.result()
+    assert rows == 10
+    assert previews[0] == 1
+    assert 2 not in asked
+    assert 4 not in asked
+
+
+def test_an_image_ends_while_its_preview_is_still_being_decoded(engine):
+    go_on = threading.Event()
+    engine.previews._decode = lambda codes: go_on.wait(60) and engine.decode_codes(codes)
+    seen = []
+    engine.generate(["a dog", "a cat"], IMAGE, callback=seen.append, preview_every=1)
+    assert not any(isinstance(event, Preview) for event in seen)
+    assert_nothing_is_left(engine)
+    go_on.set()
+    assert any(isinstance(event, Preview) for event in read(engine.stream("a dog", IMAGE, preview_every=9)))
+
+
+def test_an_error_of_a_preview_ends_its_request_alone(engine):
+    def fail(codes):
+        raise MemoryError("no memory left for the preview")
+
+    engine.previews._decode = fail
+    other = engine.stream("a cat", IMAGE)
+    next(other)
+    with pytest.raises(MemoryError, match="for the preview"):
+        read(engine.stream("a dog", IMAGE, preview_every=1))
+    *_, output = other
+    assert output.finish_reason == "stop"
+    assert_nothing_is_left(engine)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "4"])
+def test_a_bad_preview_every_is_one_line_and_starts_nothing(engine, value):
+    with pytest.raises(ValueError, match=rf"^preview_every is {value!r}; expected a whole number of at least 1$"):
+        engine.stream("a dog", IMAGE, preview_every=value)
+    assert_nothing_is_left(engine)
+
+
+def test_every_task_takes_preview_every(engine):
+    for call in (engine.chat, lambda prompt, **options: engine.generate_image(prompt, 64, 64, **options)):
+        with pytest.raises(ValueError, match="preview_every is 0"):
+            call("a dog", preview_every=0)
