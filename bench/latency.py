@@ -2,6 +2,7 @@
 
     python bench/latency.py                                             # the embedded model, at its own size
     python bench/latency.py --dummy-weights 7b --layers 8 --size 256x256 --quantization int4 --baseline reference
+    python bench/latency.py --speculation off                           # one draw a step
     python bench/latency.py --compare before.json after.json
 
 Decoding reads every weight once a step, whatever the number of rows, so the floor of a step is its bytes over the
@@ -52,8 +53,49 @@ def checkpoint(args, folder: Path) -> Path:
     )
 
 
-def floor_of_step(engine: Engine, floor: machine.Floor, rows: int, n_cached: float) -> float:
-    """Seconds that a step of `rows` single tokens takes at least, each row with `n_cached` tokens before it."""
+class Watch:
+    """Counts what the steps of an Engine feed and draw, and how full its pages are.
+
+    n_image_steps: steps of each image in which it drew codes, in sum.  n_held: codes that they gave.
+    pages: (tokens in the pages of running requests, pages taken, pages taken or promised), a step each.
+    """
+
+    def __init__(self, engine: Engine):
+        self.scheduler, self._commit = engine.scheduler, engine.scheduler.commit
+        self.scheduler.commit = self._count
+        self.begin()
+
+    def begin(self) -> None:
+        self.n_steps = self.n_tokens = self.n_image_steps = self.n_held = 0
+        self.pages: list[tuple[int, int, int]] = []
+
+    @property
+    def acceptance(self) -> float:
+        """Draws of an image that held a step."""
+        return self.n_held / self.n_image_steps
+
+    def _count(self, plan, drawn):
+        draws_codes = [work.sample.layout is not None and bool(work.indices) for work in plan]
+        held = self._commit(plan, drawn)
+        self.n_steps += 1
+        self.n_tokens += sum(work.n_cond + work.n_uncond for work in plan)
+        self.n_image_steps += sum(draws_codes)
+        self.n_held += sum(len(tokens) for tokens, of_image in zip(held, draws_codes, strict=True) if of_image)
+        self.pages.append(self._pages())
+        return held
+
+    def _pages(self) -> tuple[int, int, int]:
+        size, filled = self.scheduler.config.page_size, {}
+        for request in self.scheduler.running:
+            for row in (row for sample in request.samples for row in (sample.cond, sample.uncond) if row):
+                for block, page in enumerate(row.pages):
+                    filled[page] = max(filled.get(page, 0), min(size, row.n_cached - block * size))
+        n_promised = sum(request.lease.n_left for request in self.scheduler.running)
+        return sum(filled.values()), len(filled), len(filled) + n_promised
+
+
+def floor_of_step(engine: Engine, floor: machine.Floor, rows: int, n_cached: float, n_tokens: float) -> float:
+    """Seconds that a step takes at least: `n_tokens` in `rows` rows, each with `n_cached` tokens before them."""
     model = engine.model
     matrices = [
         model.image_head,
@@ -62,15 +104,17 @@ def floor_of_step(engine: Engine, floor: machine.Floor, rows: int, n_cached: flo
     n_bytes = rows * n_cached * engine.kv_bytes_a_token + sum(
         m.panels.numel() + m.scales.numel() * m.scales.element_size() for m in matrices
     )
-    n_mac = rows * sum(m.panels.numel() * 8 // m.bits for m in matrices)
+    n_mac = n_tokens * sum(m.panels.numel() * 8 // m.bits for m in matrices)
     return floor.seconds(n_bytes, n_mac, matrices[-1].bits)
 
 
-def measure(engine: Engine, floor: machine.Floor, size: tuple[int, int], args) -> dict:
+def measure(engine: Engine, watch: Watch, floor: machine.Floor, size: tuple[int, int], args) -> dict:
     """Medians over `iters` images, or batches of them."""
     runs = []
     for seed in tqdm(range(args.iters + 1), desc="{}x{}".format(*size), leave=False):
         rows: list[float] = []
+        if seed == 1:  # the first touches memory for the first time
+            watch.begin()
         params = SamplingParams(
             num_images=1, size=size, n=args.batch_size, guidance_scale=args.guidance_scale, seed=seed
         )
@@ -83,7 +127,7 @@ def measure(engine: Engine, floor: machine.Floor, size: tuple[int, int], args) -
         text = prompts.text_to_image(PROMPT, *size)
         (output,) = engine.generate([text], params, progress=False, callback=note)
         runs.append((time.perf_counter() - start, rows[0], output.timings))
-    runs = runs[1:]  # the first touches memory for the first time
+    runs = runs[1:]
 
     def median(read):
         return statistics.median(read(*run) for run in runs)
@@ -91,7 +135,8 @@ def measure(engine: Engine, floor: machine.Floor, size: tuple[int, int], args) -
     timings = runs[0][2]
     n_rows = args.batch_size * (1 if args.guidance_scale == 1 else 2)
     ms_per_step = median(lambda total, first, t: 1000 * t.decode_s / t.n_steps)
-    least = floor_of_step(engine, floor, n_rows, timings.n_answer_tokens / args.batch_size / 2)
+    n_cached = timings.n_answer_tokens / args.batch_size / 2
+    least = floor_of_step(engine, floor, n_rows, n_cached, watch.n_tokens / watch.n_steps)
     total = median(lambda total, first, t: total)
     return {
         "size": "{}x{}".format(*size),
@@ -102,7 +147,8 @@ def measure(engine: Engine, floor: machine.Floor, size: tuple[int, int], args) -
         "vq_s": median(lambda total, first, t: t.vq_s),
         "first_row_s": median(lambda total, first, t: first),
         "s_per_image": total / args.batch_size,
-        "n_steps": timings.n_steps,
+        "n_steps": median(lambda total, first, t: t.n_steps),
+        "acceptance": watch.acceptance,
         "ms_per_step": ms_per_step,
         "tokens_per_s": timings.n_answer_tokens / total,
         "floor_ms_per_step": 1000 * least,
@@ -136,7 +182,8 @@ def reference(engine: Engine, folder: Path, size: tuple[int, int], args) -> dict
 def table(results: list[dict]) -> str:
     columns = {
         "size": "", "batch_size": "", "prefill_s": ".3f", "first_row_s": ".3f", "decode_s": ".3f", "vq_s": ".3f",
-        "s_per_image": ".3f", "ms_per_step": ".2f", "tokens_per_s": ".1f", "floor_percent": ".1f", "peak_gib": ".2f",
+        "s_per_image": ".3f", "n_steps": "", "acceptance": ".2f", "ms_per_step": ".2f",
+        "tokens_per_s": ".1f", "floor_percent": ".1f", "peak_gib": ".2f",
     }  # fmt: skip
     lines = ["  ".join(f"{name:>13}" for name in columns)]
     lines += ["  ".join(f"{format(r[name], spec):>13}" for name, spec in columns.items()) for r in results]
@@ -176,21 +223,47 @@ def _size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _speculation(text: str) -> str | int:
+    return int(text) if text.isdecimal() else text
+
+
+def model_parser(words: str) -> argparse.ArgumentParser:
+    """The options of a benchmark that draws images."""
+    parser = argparse.ArgumentParser(description=words, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help='a folder, a hub id, or "demo" (default: demo)')
     parser.add_argument("--dummy-weights", choices=[*SHAPES, "demo"], help="random weights of a released shape")
     parser.add_argument("--layers", type=int, help="of the dummy weights (default: all)")
     parser.add_argument("--size", type=_size, nargs="+", metavar="WxH", help="default: the model's own")
-    parser.add_argument("--batch-size", type=int, default=1, help="images at once (default: 1)")
     parser.add_argument("--guidance-scale", type=float, default=4.0)
     parser.add_argument("--quantization", choices=BITS)
+    parser.add_argument(
+        "--speculation", type=_speculation, default="auto", metavar="auto|off|N", help="(default: auto)"
+    )
     parser.add_argument("--device", choices=["cpu"], default="cpu")
+    parser.add_argument("--output-json", type=Path)
+    parser.add_argument("--plot", type=Path, metavar="PNG")
+    return parser
+
+
+def load(args, folder: Path, **options) -> tuple[Engine, dict]:
+    """The Engine that is asked for, and what a report says of it. options: further fields of EngineConfig."""
+    start = time.perf_counter()
+    engine = Engine.from_pretrained(
+        folder, device=args.device, quantization=args.quantization, speculation=args.speculation, **options
+    )
+    return engine, {
+        "model": args.dummy_weights or args.model, "layers": engine.model.config.n_layers,
+        "dtype": str(engine.model.embed.dtype).removeprefix("torch."), "quantization": args.quantization,
+        "speculation": args.speculation, "guidance_scale": args.guidance_scale, "load_s": time.perf_counter() - start,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = model_parser(__doc__)
+    parser.add_argument("--batch-size", type=int, default=1, help="images at once (default: 1)")
     parser.add_argument("--iters", type=int, default=3, help="images, or batches, after one to warm up (default: 3)")
     parser.add_argument("--baseline", choices=["reference"])
     parser.add_argument("--baseline-steps", type=int, default=200, help="steps of the baseline at most (default: 200)")
-    parser.add_argument("--output-json", type=Path)
-    parser.add_argument("--plot", type=Path, metavar="PNG")
     parser.add_argument("--compare", type=Path, nargs=2, metavar="JSON")
     args = parser.parse_args()
     if args.compare:
@@ -200,17 +273,10 @@ def main() -> None:
     print(machine.card(env, floor))
     with tempfile.TemporaryDirectory() as temporary:
         folder = checkpoint(args, Path(temporary))
-        start = time.perf_counter()
-        engine = Engine.from_pretrained(folder, device=args.device, quantization=args.quantization)
-        load_s = time.perf_counter() - start
-        sizes = args.size or [engine.default_size]
-        results = [measure(engine, floor, size, args) for size in sizes]
-        print(f"{'load':16} {load_s:.2f} s\n\n{table(results)}")
-        config = {
-            "model": args.dummy_weights or args.model, "layers": engine.model.config.n_layers,
-            "dtype": str(engine.model.embed.dtype).removeprefix("torch."), "quantization": args.quantization,
-            "load_s": load_s,
-        }  # fmt: skip
+        engine, config = load(args, folder)
+        sizes, watch = args.size or [engine.default_size], Watch(engine)
+        results = [measure(engine, watch, floor, size, args) for size in sizes]
+        print(f"{'load':16} {config['load_s']:.2f} s\n\n{table(results)}")
         report = {"env": env, "config": config, "floor": asdict(floor), "results": results}
         if args.baseline:
             report["baseline"] = reference(engine, folder, sizes[0], args)

@@ -68,3 +68,39 @@ def test_roofline_computes_the_floor_of_a_step_and_says_that_it_measured_nothing
     assert two["fits"]
     assert not found["RTX 4090", "int4", 128]["fits"]
     assert (two["bound"], found["RTX 4090", "int4", 128]["bound"]) == ("memory", "memory")
+
+
+def test_latency_tells_steps_and_draws_held_a_step(checkpoint):
+    def result(speculation):
+        lines = run("latency.py", "--model", checkpoint, "--size", "64x64", "--iters", 2, "--speculation", speculation)
+        report = json.loads(lines[-1])
+        assert report["config"]["speculation"] == (int(speculation) if speculation.isdecimal() else speculation)
+        return report["results"][0]
+
+    off, wide = result("off"), result("16")
+    assert off["acceptance"] == 1
+    assert off["n_steps"] == 16  # a code each; the prompt's step draws the first
+    assert wide["acceptance"] > 1
+    assert wide["n_steps"] < 16
+
+
+def test_throughput_reports_each_number_in_flight(checkpoint, tmp_path):
+    lines = run(
+        "throughput.py", "--model", checkpoint, "--size", "64x64", "160x64", "--in-flight", 1, 4, "--images", 8,
+        "--page-size", 16, "--speculation", "off", "--output-json", tmp_path / "a.json", "--plot", tmp_path / "a.png",
+    )  # fmt: skip
+    report = json.loads(lines[-1])
+    assert lines[0].startswith("processor ")
+    assert json.loads((tmp_path / "a.json").read_text()) == report
+    one, four = report["results"]
+    assert (one["in_flight"], four["in_flight"]) == (1, 4)
+    # Images of 16 and 40 codes, one draw a step; of four the longer ones are the more.
+    assert one["n_steps"] == 4 * 16 + 4 * 40
+    assert one["n_steps"] / 4 <= four["n_steps"] < one["n_steps"] / 2
+    assert four["tokens_per_step"] > 2 * one["tokens_per_step"]
+    for result in (one, four):
+        assert result["acceptance"] == 1
+        assert result["images_per_min"] == pytest.approx(8 * 60_000 / result["ms_per_step"] / result["n_steps"])
+        assert 0.5 < result["page_use_reserved"] < result["page_use"] <= 1
+        assert 0 < result["floor_percent"] < 100
+    assert (tmp_path / "a.png").stat().st_size > 0
