@@ -112,9 +112,12 @@ def compiled(launch: Launch, target: int):
     values = dict(zip(names, launch.args, strict=False)) | {n: launch.options[n] for n in names if n in launch.options}
     constants = {p.name for p in kernel.params if p.is_constexpr}
     signature = {n: "constexpr" if n in constants else mangle_type(values[n]) for n in names}
-    free = [p.name for p in kernel.params if p.name not in constants and not p.do_not_specialize]
+    free = [p for p in kernel.params if p.name not in constants and not p.do_not_specialize]
     aligned = [
-        n for n in free if isinstance(values[n], torch.Tensor) or (isinstance(values[n], int) and not values[n] % 16)
+        p.name
+        for p in free
+        if (isinstance(values[p.name], torch.Tensor) and not p.do_not_specialize_on_alignment)
+        or (isinstance(values[p.name], int) and not values[p.name] % 16)
     ]
     source = ASTSource(
         kernel, signature, {(names.index(n),): values[n] for n in constants},

@@ -291,19 +291,20 @@ struct FloatInput {
     }
 };
 
-// Activations in int8, a scale for each group of a row.
+// Activations in int8, a scale for each group of a row. The rows of a group lie together: a whole row apart, they would
+// all want the same few places of the first cache.
 template <class Format>
 struct QuantizedInput {
-    std::vector<int8_t> values;
-    std::vector<float> scales;
-    std::vector<int32_t> offsets;  // what the zero points of the weights add to the products, with its sign turned
-    int64_t inputs;
+    std::vector<int8_t> values;  // [groups, rows, GROUP]
+    std::vector<float> scales;   // [groups, rows]
+    std::vector<int32_t> offsets;  // likewise: what the zero points of weights add to the products, its sign turned
+    int64_t rows;
 
     template <class T>
-    void read(const T* x, int64_t row, int64_t) {
+    void read(const T* x, int64_t row, int64_t inputs) {
         for (int64_t g = 0; g < inputs / GROUP; ++g) {
             const T* from = x + row * inputs + g * GROUP;
-            int8_t* to = &values[row * inputs + g * GROUP];
+            int8_t* to = &values[(g * rows + row) * GROUP];
             f32 top = all(0), check = all(0);
             for (int i = 0; i < GROUP; i += LANES) {
                 f32 v = load(from + i);
@@ -318,8 +319,8 @@ struct QuantizedInput {
                 store(whole, to_i32(load(from + i) * inverse));
                 for (int j = 0; j < LANES; ++j) total += to[i + j] = static_cast<int8_t>(whole[j]);
             }
-            scales[row * (inputs / GROUP) + g] = scale + sum(check);
-            offsets[row * (inputs / GROUP) + g] = -Format::ZERO * total;
+            scales[g * rows + row] = scale + sum(check);
+            offsets[g * rows + row] = -Format::ZERO * total;
         }
     }
 
@@ -328,19 +329,19 @@ struct QuantizedInput {
         constexpr int VECTORS = GROUP / Format::STEP;
         const uint8_t *weights = t.weights, *ahead = t.ahead;
         const bf16* weight_scales = t.scales;
-        int64_t groups = inputs / GROUP;
         f32 totals[ROWS][WIDE];
         LUMINA_UNROLL
         for (int r = 0; r < ROWS; ++r)
             LUMINA_UNROLL
             for (int p = 0; p < WIDE; ++p) totals[r][p] = load(t.sums + r * WIDTH + p * LANES);
         for (int64_t g = t.begin / VECTORS; g < t.end / VECTORS; ++g, weight_scales += WIDTH) {
-            const int8_t* x = &values[t.row * inputs + g * GROUP];
+            int64_t first = g * rows + t.row;
+            const int8_t* x = &values[first * GROUP];
             i32 parts[ROWS][WIDE];
             LUMINA_UNROLL
             for (int r = 0; r < ROWS; ++r)
                 LUMINA_UNROLL
-                for (int p = 0; p < WIDE; ++p) parts[r][p] = all_i32(offsets[(t.row + r) * groups + g]);
+                for (int p = 0; p < WIDE; ++p) parts[r][p] = all_i32(offsets[first + r]);
             for (int run = 0; run < VECTORS; run += Format::RUN) {
                 typename Format::Sums sums[ROWS][WIDE];
                 LUMINA_UNROLL
@@ -348,14 +349,18 @@ struct QuantizedInput {
                     LUMINA_UNROLL
                     for (int p = 0; p < WIDE; ++p) sums[r][p] = Format::begin(parts[r][p]);
 #pragma GCC unroll 2  // more, and g++ 12 gathers the prefetches of them all, more than a core has room for
-                for (int s = 0; s < Format::RUN; ++s, x += Format::STEP, weights += STRIDE, ahead += HALVES * t.pace)
+                for (int s = 0; s < Format::RUN; ++s, x += Format::STEP, weights += STRIDE, ahead += HALVES * t.pace) {
+                    typename Format::Weights w[WIDE];
                     LUMINA_UNROLL
                     for (int p = 0; p < WIDE; ++p) {
                         __builtin_prefetch(ahead + p * t.pace);
-                        auto w = Format::weights(weights + p * 64);
-                        LUMINA_UNROLL
-                        for (int r = 0; r < ROWS; ++r) sums[r][p] = Format::dot(sums[r][p], w, x + r * inputs);
+                        w[p] = Format::weights(weights + p * 64);
                     }
+                    LUMINA_UNROLL
+                    for (int r = 0; r < ROWS; ++r)
+                        LUMINA_UNROLL
+                        for (int p = 0; p < WIDE; ++p) sums[r][p] = Format::dot(sums[r][p], w[p], x + r * GROUP);
+                }
                 LUMINA_UNROLL
                 for (int r = 0; r < ROWS; ++r)
                     LUMINA_UNROLL
@@ -366,7 +371,7 @@ struct QuantizedInput {
                 f32 scale = load(weight_scales + p * LANES);
                 LUMINA_UNROLL
                 for (int r = 0; r < ROWS; ++r) {
-                    f32 both = scale * all(scales[(t.row + r) * groups + g]);
+                    f32 both = scale * all(scales[first + r]);
                     totals[r][p] = fma(to_f32(parts[r][p]), both, totals[r][p]);
                 }
             }
@@ -448,8 +453,8 @@ template <class T, class Format>
 static void linear_quantized(const Tensor& x, const Panels& w, const Tensor& out, int threads) {
     static thread_local QuantizedInput<Format> input;
     int64_t n = x.shape[0], groups = x.shape[1] / GROUP;
-    input.inputs = x.shape[1];
-    input.values.resize(n * input.inputs);
+    input.rows = n;
+    input.values.resize(n * groups * GROUP);
     input.scales.resize(n * groups);
     input.offsets.resize(n * groups);
     multiply<T>(x, input, w, out, threads);

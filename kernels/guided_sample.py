@@ -105,7 +105,13 @@ def _best(scores, first, columns, threshold, token_ids_ptr, key, is_drawn, BLOCK
     return best, first + at
 
 
-@triton.jit
+# The numbers of a draw lie where they come to lie: no kernel is compiled again for those at multiples of 16 bytes.
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "cond_ptr", "uncond_ptr", "guidance_ptr", "temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr",
+        "seed_ptr", "image_ptr", "position_ptr",
+    ]
+)  # fmt: skip
 def _guided_sample_kernel(
     logits_ptr, cond_ptr, uncond_ptr, token_ids_ptr, guidance_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr,
     seed_ptr, image_ptr, position_ptr, out_ptr, columns, BLOCK: tl.constexpr,

@@ -114,7 +114,7 @@ def _attend_split(
     return top, total, sums
 
 
-@triton.jit(do_not_specialize=["rows", "splits_each"])
+@triton.jit(do_not_specialize=["rows", "max_blocks", "splits_each"])
 def _paged_attention_kernel(
     q_ptr, k_ptr, k_scales_ptr, v_ptr, v_scales_ptr, tables_ptr, cu_seqlens_ptr, seq_lens_ptr,
     out_ptr, tops_ptr, totals_ptr, sums_ptr, rows, max_blocks, splits_each, scale,

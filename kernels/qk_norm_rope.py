@@ -66,7 +66,8 @@ def _keep(first, second, pages_ptr, scales_ptr, places, in_heads, cols, mask, HA
     tl.store(pages_ptr + offsets + HALF, second.to(dtype), mask=mask)
 
 
-@triton.jit
+# A step's numbers lie where they come to lie: no kernel is compiled again for those at multiples of 16 bytes.
+@triton.jit(do_not_specialize_on_alignment=["positions_ptr", "slots_ptr"])
 def _qk_norm_rope_kernel(
     qkv_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, k_bias_ptr, rope_ptr, positions_ptr, slots_ptr,
     q_ptr, k_ptr, k_scales_ptr, v_ptr, v_scales_ptr,

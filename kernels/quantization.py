@@ -69,10 +69,10 @@ def _int4(groups: Tensor) -> tuple[Tensor, Tensor]:
     scales, least = torch.empty_like(largest, dtype=torch.bfloat16), torch.full_like(largest, float("inf"))
     for shrink in INT4_SHRINKS:
         tried = (largest * (shrink / 8)).bfloat16()
-        error = (_steps(groups, tried, 7) * tried.float()[..., None] - groups).square_().sum(-1)
+        error = (_steps(groups, tried, 7) * tried.float().unsqueeze(-1) - groups).square_().sum(-1)
         scales, least = torch.where(error < least, tried, scales), torch.minimum(error, least)
-    fours = (_steps(groups, scales, 7) + 8).to(torch.uint8).view(len(groups), -1, 2, 4)
-    return (fours[:, :, 0] | fours[:, :, 1] << 4).flatten(1), scales
+    low, high = (_steps(groups, scales, 7) + 8).to(torch.uint8).view(len(groups), -1, 2, 4).unbind(2)
+    return (low | high << 4).flatten(1), scales
 
 
 def dequantize(weight: QuantizedWeight) -> Tensor:
@@ -81,11 +81,11 @@ def dequantize(weight: QuantizedWeight) -> Tensor:
     if weight.bits == 4:
         fours = values.unflatten(1, (-1, 1, 4))
         values, zero = torch.cat((fours & 15, fours >> 4), dim=2).flatten(1), 8
-    return ((values.float() - zero).unflatten(1, (-1, GROUP)) * weight.scales.float()[..., None]).flatten(1)
+    return ((values.float() - zero).unflatten(1, (-1, GROUP)) * weight.scales.float().unsqueeze(-1)).flatten(1)
 
 
 def _steps(groups: Tensor, scales: Tensor, highest: int) -> Tensor:
     """The whole steps nearest to each weight: up to `highest`, down to -127 in int8 and -8 in int4."""
     scales = scales.float()
-    scales = torch.where(scales == 0, 1.0, scales)[..., None]
+    scales = torch.where(scales == 0, 1.0, scales).unsqueeze(-1)
     return (groups / scales).round_().clamp_(-127 if highest == 127 else -8, highest)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from lumina_rt import _C, convert, hub, images, quantized, unirep, vqgan, weights
 from lumina_rt.checkpoint import CheckpointError
-from lumina_rt.engine import IMAGE_TO_IMAGE, TARGET_SIZES, Engine, target_sizes_of
+from lumina_rt.engine import IMAGE_TO_IMAGE, TARGET_SIZES, Engine, choose_ops, default_device, target_sizes_of
 from lumina_rt.kernels.quantization import BITS
 from lumina_rt.outputs import Preview, RequestOutput, TextDelta
 from lumina_rt.params import EngineConfig, SamplingParams, checked_int
@@ -111,7 +111,9 @@ def _field_texts(kind: type) -> dict[str, str]:
 def _reading(annotation) -> dict:
     """How argparse reads a value of this type."""
     kinds = [kind for kind in get_args(annotation) if kind is not NoneType]
-    if annotation in (int, float):
+    if annotation is bool:
+        return {"action": "store_true"}
+    if annotation in (int, float, str):
         kinds = [annotation]
     if kinds == [tuple[int, int]]:
         return {"type": _size, "metavar": "WxH"}
@@ -592,6 +594,7 @@ def _info(args):
         "python": platform.python_version(),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})",
+        "attention": choose_ops(EngineConfig(), default_device(), torch.bfloat16, 128)[1],
         "instruction_set": _C.isa(),
         "threads": torch.get_num_threads(),
     }
@@ -609,6 +612,7 @@ def _model_facts(name: str, engine: Engine) -> dict:
         "model_device": str(embed.device),
         "shape": asdict(shape),
         "dtype": str(embed.dtype).removeprefix("torch."),
+        "attention": choose_ops(engine.config, embed.device.type, embed.dtype, shape.head_dim)[1],
         "weights_gib": round(weights.n_bytes(engine.model) / 2**30, 3),
         "kv_bytes_a_token": n_kv_bytes,
         "pool": {

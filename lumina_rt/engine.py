@@ -9,6 +9,7 @@ a step is computed: that is the model's op list.
 """
 
 import asyncio
+import importlib.util
 import itertools
 import secrets
 import threading
@@ -17,6 +18,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -25,7 +27,8 @@ from tqdm import tqdm
 
 from lumina_rt import hub, images, prompts, unirep, weights
 from lumina_rt.checkpoint import CheckpointError
-from lumina_rt.kernels import cpu, reference
+from lumina_rt.graph import Graphs
+from lumina_rt.kernels import cpu
 from lumina_rt.kv_cache import KVCache, Lease, bytes_a_token
 from lumina_rt.model import Model
 from lumina_rt.outputs import Answer, ImageRow, Preview, RequestOutput, TextDelta, Timings
@@ -75,10 +78,14 @@ class Engine:
         shape, page_size = model.config, self.config.page_size
         dtype = torch.int8 if self.config.kv_cache_dtype else model.embed.dtype
         self.kv_bytes_a_token = bytes_a_token(shape.n_layers, shape.kv_heads, shape.head_dim, dtype)
-        num_pages = self.config.num_pages or self._pages_that_fit()
-        self.cache = KVCache(
-            shape.n_layers, num_pages, page_size, shape.kv_heads, shape.head_dim, dtype, model.embed.device
-        )
+        num_pages, device = self._num_pages(), model.embed.device
+        is_graphed = device.type == "cuda" and not self.config.enforce_eager
+        # Padding of a graph writes to a page of its own.
+        n_pages = num_pages + is_graphed
+        self.cache = KVCache(shape.n_layers, n_pages, page_size, shape.kv_heads, shape.head_dim, dtype, device)
+        self.graphs = None
+        if is_graphed:
+            self.graphs = Graphs(model, self.cache, self.config.max_num_seqs, self._blocks_of_the_longest_row())
         self.scheduler = Scheduler(self.config, self.cache, num_pages)
         self.sampler = Sampler(model, tokenizer.vocab)
         self.previews = Previews(self.decode_codes, factor)
@@ -121,12 +128,16 @@ class Engine:
         tokens = Tokenizer.from_file(hub.find_tokenizer(folder, tokenizer))
         # Before the weights, which may take minutes: what is wrong with the small files is told at once.
         image_tokenizer = VQGAN.from_pretrained(hub.find_vqgan(folder, vqgan), device=device)
+        image_tokenizer.decode_in(weights.fastest_dtype(device))
         n_codes, n_tokens = image_tokenizer.config.n_embed, len(tokens.vocab.image_ids)
         if n_codes != n_tokens:
             raise CheckpointError(folder, [f"{n_codes} codes in the VQGAN, {n_tokens} in the tokenizer"])
-        image_ids = torch.from_numpy(tokens.vocab.image_tokens)
-        ops = cpu if device == "cpu" else reference
-        loaded = weights.load(folder, ops, image_ids, config.max_model_len, torch_dtype, device, quantization)
+        values = weights.read_json(folder / "config.json")
+        head_dim = weights.config_from_json(values, folder).head_dim
+        torch_dtype = torch_dtype or weights.stored_dtype(values, folder)
+        ops, _ = choose_ops(config, device, torch_dtype, head_dim)
+        image_ids, max_len = tokens.vocab.image_tokens, config.max_model_len
+        loaded = weights.load(folder, ops, image_ids, max_len, torch_dtype, device, quantization)
         if tokens.vocab.size > loaded.config.vocab_size:
             problem = f"{tokens.vocab.size} ids in the tokenizer, {loaded.config.vocab_size} in the model"
             raise CheckpointError(folder, [problem])
@@ -317,9 +328,10 @@ class Engine:
             if plan:
                 begun = time.perf_counter()
                 step = build_step(plan, self.config.page_size, self.model.embed.device)
-                hidden = self.model.forward(step, self.cache)
+                hidden = self.graphs.forward(step) if self.graphs else self.model.forward(step, self.cache)
                 drawn = self.sampler.draw(_picks(plan), hidden)
-                self.scheduler.pace.observe(len(hidden), time.perf_counter() - begun)
+                if drawn:  # a GPU may still be at work on a chunk of a prompt, of which nothing is drawn
+                    self.scheduler.pace.observe(len(hidden), time.perf_counter() - begun)
                 for work, tokens in zip(plan, self.scheduler.commit(plan, drawn), strict=True):
                     for token in tokens:
                         self._advance(work.request, work.sample, token)
@@ -521,10 +533,27 @@ class Engine:
         defaults = {"num_images": 1, "size": size, **IMAGE_TO_IMAGE}
         return self._answer(question, defaults | controls)
 
-    def _pages_that_fit(self) -> int:
-        page_bytes = self.config.page_size * self.kv_bytes_a_token
-        enough = self.config.max_num_seqs * -(-self.config.max_model_len // self.config.page_size)
-        return max(1, min(int(self.config.kv_cache_gib * 2**30) // page_bytes, enough))
+    def _num_pages(self) -> int:
+        """Pages of the pool. Raises ValueError, naming need and have, where a GPU has no memory for them."""
+        config, longest = self.config, self._blocks_of_the_longest_row()
+        page_bytes, enough = config.page_size * self.kv_bytes_a_token, config.max_num_seqs * longest
+        if self.model.embed.device.type == "cpu":
+            return config.num_pages or max(1, min(int(config.kv_cache_gib * 2**30) // page_bytes, enough))
+        torch.cuda.empty_cache()  # what loading took is free again
+        free, total = torch.cuda.mem_get_info(self.model.embed.device)
+        have = int(free - (1 - config.gpu_memory_utilization) * total) - page_bytes  # a page for what graphs pad
+        needed = config.num_pages or longest
+        if needed * page_bytes > have:
+            what = "num_pages" if config.num_pages else f"max_model_len ({config.max_model_len} tokens)"
+            need, left, size = (f"{n / 2**30:.1f}" for n in (needed * page_bytes, max(have, 0), total))
+            raise ValueError(
+                f"{what} takes {need} GiB of KV cache; {left} are left of the GPU's {size} "
+                f"(gpu_memory_utilization is {config.gpu_memory_utilization})"
+            )
+        return config.num_pages or min(have // page_bytes, enough)
+
+    def _blocks_of_the_longest_row(self) -> int:
+        return -(-self.config.max_model_len // self.config.page_size)
 
 
 class Stream:
@@ -633,13 +662,56 @@ def _checked(kind: type, options: dict):
     return kind(**options)
 
 
+def default_device() -> str:
+    """A GPU where torch finds one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _device(device: str | None) -> str:
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device is {device!r}; expected 'cpu' or 'cuda'")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is 'cuda', and torch finds no NVIDIA GPU here; use device='cpu'")
     return device
+
+
+def choose_ops(config: EngineConfig, device: str, dtype: torch.dtype, head_dim: int) -> tuple[ModuleType, str]:
+    """The op list for a model, chosen once, and whose attention that is and why.
+
+    device: "cpu" or "cuda". Raises ValueError for an attn_backend that cannot be had.
+    """
+    asked = config.attn_backend
+    if device == "cpu":
+        if asked != "auto":
+            raise ValueError(f"attn_backend is {asked!r}; expected 'auto' on a CPU, which has one of its own")
+        return cpu, "C++, as on every CPU"
+    refusal = _flash_refusal(config, dtype, head_dim)
+    if asked == "flash" and refusal:
+        raise ValueError(f"attn_backend is 'flash'; {refusal}")
+    # These need Triton, and flash-attn, which a machine without a GPU need not have.
+    if asked == "triton" or refusal:
+        from lumina_rt.kernels import cuda
+
+        return cuda, "Triton, as asked for" if asked == "triton" else f"Triton; {refusal}"
+    from lumina_rt.kernels import flash_attention
+
+    return flash_attention, "flash-attn for one token a row, Triton for more"
+
+
+def _flash_refusal(config: EngineConfig, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why flash-attn cannot be had, or None."""
+    if importlib.util.find_spec("flash_attn") is None:
+        return "flash-attn is not installed"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"flash-attn wants a model in 16 bits, this one is in {str(dtype).removeprefix('torch.')}"
+    if config.kv_cache_dtype:
+        return f"flash-attn wants keys and values in the model's dtype, kv_cache_dtype is {config.kv_cache_dtype!r}"
+    if config.page_size % 256:
+        return f"flash-attn wants a page_size of a multiple of 256, it is {config.page_size}"
+    if head_dim % 8 or head_dim > 256:
+        return f"flash-attn wants heads of a multiple of 8 up to 256, they have {head_dim}"
+    return None
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lumina_rt.kv_cache import KVCache
@@ -44,6 +45,11 @@ class Step:
     block_tables: Tensor
     cu_seqlens: Tensor
     seq_lens: Tensor
+
+
+def upload(values: list, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of numbers of the host. To a GPU they go from pinned memory, by a copy that nobody waits for."""
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 @dataclass
@@ -90,7 +96,7 @@ class Model:
         ops, eps = self.ops, self.config.norm_eps
         join = self._norm_then_add if self.config.post_norm else self._add_then_norm
 
-        residual = self.embed[step.tokens]
+        residual = F.embedding(step.tokens, self.embed)
         x = residual if self.config.post_norm else ops.rms_norm(residual, self.edge_norm, eps)
         for layer, (k_pages, v_pages) in zip(self.layers, cache.layers(), strict=True):
             q = ops.qk_norm_rope(

@@ -65,14 +65,19 @@ class EngineConfig:
     """How an Engine uses its machine.
 
     page_size: tokens a page of the KV cache, a power of two from 16.
-    num_pages: pages of the pool; None takes what fits into `kv_cache_gib`.
-    kv_cache_gib: GiB for the pool when num_pages is None; memory is touched only as pages are used.
+    num_pages: pages of the pool; None takes as many as fit.
+    kv_cache_gib: GiB for the pool on a CPU when num_pages is None; memory is touched only as pages are used.
+    gpu_memory_utilization: the share of a GPU's memory that weights and pool may take, other programs' counted; what is
+        left is for the work of a step and for drawing pictures.
     max_num_seqs: the most rows of one step; a guided image takes two.
     max_num_batched_tokens: the most tokens of one step; a longer prompt is prefilled in chunks.
     max_model_len: the most tokens of one row, prompt and answer; 16 views of 384 x 384 and their prompt fit.
     kv_cache_dtype: "int8" halves what the keys and values take in bf16; None keeps the model's own.
     speculation: draws an image tries a step, up to 64; on a CPU the pictures are the same whatever it is. "auto" takes
         what is fastest by the steps so far, "off" is one.
+    attn_backend: on a GPU "flash" is flash-attn, "triton" our own attention; "auto" takes flash-attn where it is
+        installed and its rules hold. `lumina-rt info` tells which and why.
+    enforce_eager: launch every op of a step on a GPU, in place of a CUDA graph recorded at start-up.
 
     Raises ValueError that names the value and what was expected.
     """
@@ -85,6 +90,9 @@ class EngineConfig:
     max_model_len: int = 10240
     kv_cache_dtype: str | None = None
     speculation: str | int = "auto"
+    attn_backend: str = "auto"
+    gpu_memory_utilization: float = 0.9
+    enforce_eager: bool = False
 
     def __post_init__(self):
         _take_int(self, "page_size", 16)
@@ -95,6 +103,11 @@ class EngineConfig:
         _take_float(self, "kv_cache_gib", 0, 1 << 20, above=True)
         if self.kv_cache_dtype not in (None, "int8"):
             raise ValueError(f"kv_cache_dtype is {self.kv_cache_dtype!r}; expected 'int8' or None")
+        _take_float(self, "gpu_memory_utilization", 0, 1, above=True)
+        if not isinstance(self.enforce_eager, bool):
+            raise ValueError(f"enforce_eager is {self.enforce_eager!r}; expected True or False")
+        if self.attn_backend not in ("auto", "flash", "triton"):
+            raise ValueError(f"attn_backend is {self.attn_backend!r}; expected 'auto', 'flash' or 'triton'")
         if self.speculation not in ("auto", "off"):
             if isinstance(self.speculation, str):
                 raise ValueError(f"speculation is {self.speculation!r}; expected 'auto', 'off' or a number of draws")

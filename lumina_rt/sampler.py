@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lumina_rt.kernels import Controls, NoiseKeys
-from lumina_rt.model import Model
+from lumina_rt.model import Model, upload
 from lumina_rt.request import Draw, Sample
 from lumina_rt.vocab import Vocab
 
@@ -36,11 +36,12 @@ class Sampler:
     def __init__(self, model: Model, vocab: Vocab):
         self.model, self.vocab = model, vocab
         self.device = model.embed.device
-        self.image_tokens = torch.from_numpy(vocab.image_tokens).to(self.device)
+        self.image_tokens = upload(vocab.image_tokens.tolist(), torch.int64, self.device)
         self.all_tokens = torch.arange(model.config.vocab_size, device=self.device)
         # Rows of the head beyond the tokenizer's names, padding, are no text either.
         unnamed = np.arange(vocab.size, model.config.vocab_size)
-        self.not_text = torch.from_numpy(np.concatenate((vocab.text_forbidden, unnamed))).to(self.device)
+        not_text = np.concatenate((vocab.text_forbidden, unnamed))
+        self.not_text = upload(not_text.tolist(), torch.int64, self.device)
 
     @torch.inference_mode()
     def draw(self, picks: Sequence[Pick], hidden: Tensor) -> list[int]:
@@ -49,40 +50,43 @@ class Sampler:
         hidden: [n, hidden], the output of Model.forward.  Returns tokens in the order of `picks`. Raises
         FloatingPointError when logits are not finite.
         """
-        drawn: dict[int, int] = {}
+        if not picks:
+            return []
         codes = [pick for pick in picks if pick.sample.next_draw is Draw.CODE]
         text = [pick for pick in picks if pick.sample.next_draw is Draw.TEXT]
         groups = [(codes, self._code_logits), (text, self._text_logits)]
         groups += [([pick], self._size_logits) for pick in picks if pick.sample.next_draw in (Draw.HEIGHT, Draw.WIDTH)]
-        for group, head in groups:
-            if group:
-                drawn |= zip(map(id, group), self._draw_group(group, head, hidden), strict=True)
-        return [drawn[id(pick)] for pick in picks]
-
-    def _draw_group(self, group: list[Pick], head, hidden: Tensor) -> list[int]:
-        lines = sorted({line for pick in group for line in (pick.cond, pick.uncond)})
-        at = {line: i for i, line in enumerate(lines)}
-        logits, token_ids = head(hidden[lines], group)
-        controls, keys = self._controls_and_keys(group)
-        cond, uncond = self._columns([(at[pick.cond], at[pick.uncond]) for pick in group], torch.int64)
-        tokens = self.model.ops.guided_sample(logits, cond, uncond, token_ids, controls, keys).tolist()
+        groups = [(group, head) for group, head in groups if group]
+        # All draws are launched before one of them is read: the only time in a step that the host waits for a GPU.
+        tokens = torch.cat([self._draw_group(group, head, hidden) for group, head in groups]).tolist()
         if min(tokens) < 0:
             raise FloatingPointError("the model's logits are not finite; expected numbers (are the weights sound?)")
-        return tokens
+        drawn = dict(zip((id(pick) for group, _ in groups for pick in group), tokens, strict=True))
+        return [drawn[id(pick)] for pick in picks]
+
+    def _draw_group(self, group: list[Pick], head, hidden: Tensor) -> Tensor:
+        lines = sorted({line for pick in group for line in (pick.cond, pick.uncond)})
+        at = {line: i for i, line in enumerate(lines)}
+        logits, token_ids = head(hidden.index_select(0, upload(lines, torch.int64, self.device)), group)
+        controls, keys = self._controls_and_keys(group)
+        cond, uncond = self._columns([(at[pick.cond], at[pick.uncond]) for pick in group], torch.int64)
+        return self.model.ops.guided_sample(logits, cond, uncond, token_ids, controls, keys)
 
     def _code_logits(self, hidden: Tensor, _group: list[Pick]) -> tuple[Tensor, Tensor]:
         return self.model.ops.linear(hidden, self.model.image_head), self.image_tokens
 
     def _size_logits(self, hidden: Tensor, group: list[Pick]) -> tuple[Tensor, Tensor]:
-        choices = torch.tensor(group[0].sample.choices(), device=self.device)
-        return self.model.ops.linear(hidden, self.model.lm_head)[:, choices], choices
+        choices = upload(group[0].sample.choices(), torch.int64, self.device)
+        return self.model.ops.linear(hidden, self.model.lm_head).index_select(1, choices), choices
 
     def _text_logits(self, hidden: Tensor, group: list[Pick]) -> tuple[Tensor, Tensor]:
         logits = self.model.ops.linear(hidden, self.model.lm_head)
-        logits[:, self.not_text] = float("-inf")
-        for line, pick in enumerate(sorted(group, key=lambda pick: pick.cond)):
-            if not pick.sample.may_start_image:
-                logits[line, self.vocab.image_start] = float("-inf")
+        logits.index_fill_(1, self.not_text, float("-inf"))
+        by_line = sorted(group, key=lambda pick: pick.cond)
+        barred = [line for line, pick in enumerate(by_line) if not pick.sample.may_start_image]
+        if barred:
+            starts = logits.select(1, self.vocab.image_start)
+            starts.index_fill_(0, upload(barred, torch.int64, self.device), float("-inf"))
         return logits, self.all_tokens
 
     def _controls_and_keys(self, group: list[Pick]) -> tuple[Controls, NoiseKeys]:
@@ -102,4 +106,4 @@ class Sampler:
 
     def _columns(self, rows: list[tuple], dtype: torch.dtype) -> tuple[Tensor, ...]:
         """A tensor for each column, made by one copy to the device."""
-        return torch.tensor(list(zip(*rows, strict=True)), dtype=dtype, device=self.device).unbind()
+        return upload(list(zip(*rows, strict=True)), dtype, self.device).unbind()

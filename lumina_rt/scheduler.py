@@ -12,7 +12,7 @@ from itertools import islice
 import torch
 
 from lumina_rt.kv_cache import KVCache, PagePool, PrefixStore, Row
-from lumina_rt.model import Step
+from lumina_rt.model import Step, upload
 from lumina_rt.params import EngineConfig
 from lumina_rt.request import Request, Sample
 from lumina_rt.speculative import Pace, accepted
@@ -200,7 +200,7 @@ class Scheduler:
         return n_samples * (n_cond + n_uncond) - (n_samples - 1) * n_shared - n_matched // page_size
 
 
-def build_step(plan: list[Work], page_size: int, device: str) -> Step:
+def build_step(plan: list[Work], page_size: int, device: torch.device) -> Step:
     """Lay out the rows of a plan as one ragged batch."""
     tokens, positions, slots, lengths, seq_lens, tables = [], [], [], [0], [], []
     for work in plan:
@@ -215,6 +215,6 @@ def build_step(plan: list[Work], page_size: int, device: str) -> Step:
     n_blocks = max(len(table) for table in tables)
     tables = [table + [0] * (n_blocks - len(table)) for table in tables]
     return Step(
-        *torch.tensor([tokens, positions, slots], dtype=torch.int64, device=device).unbind(),
-        *(torch.tensor(values, dtype=torch.int32, device=device) for values in (tables, lengths, seq_lens)),
+        *upload([tokens, positions, slots], torch.int64, device).unbind(),
+        *(upload(values, torch.int32, device) for values in (tables, lengths, seq_lens)),
     )

@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from lumina_rt.sft import data, vq
 from lumina_rt.sft.model import TrainableModel
-from lumina_rt.sft.train import Trainer, TrainingConfig, best_dtype
+from lumina_rt.sft.train import Trainer, TrainingConfig
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from lumina_rt import weights
@@ -135,9 +135,10 @@ def run_stage(stage: Stage, source: Path, folder: Path) -> Path:
         dialogs = data.dialogs_of(stage.tasks, stage.targets, vqgan.config.factor, stage.n, stage.name)
         data.write(file, dialogs, stage.n, tokenizer, vqgan)
     output = folder / stage.name
+    dtype = weights.fastest_dtype("cuda" if torch.cuda.is_available() else "cpu")
     config = TrainingConfig(
         steps=1, batch_tokens=BATCH_TOKENS, lr=stage.lr, min_lr=stage.min_lr, muon_lr=stage.muon_lr, warmup_steps=100,
-        clip=1.0, dropout=0.0, dtype=str(best_dtype()).removeprefix("torch."), save_every=200,
+        clip=1.0, dropout=0.0, dtype=str(dtype).removeprefix("torch."), save_every=200,
     )  # fmt: skip
     trainer = Trainer(source, [file], output, config)
     steps = round(len(trainer.batches.epoch(0)) * stage.passes)

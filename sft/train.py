@@ -70,13 +70,6 @@ class TrainingConfig:
             raise ValueError(f"dtype is {self.dtype!r}; expected one of {', '.join(weights.DTYPES)}")
 
 
-def best_dtype() -> torch.dtype:
-    """bf16 where this machine multiplies it faster than fp32, else fp32 (AVX2: bf16 is 8 times slower)."""
-    if torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_bf16", False):
-        return torch.bfloat16
-    return torch.float32
-
-
 def autocast(device: str, dtype: torch.dtype):
     """Autocast to `dtype`, which for fp32 is nothing at all."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device, dtype)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from lumina_rt.sft import world
 from lumina_rt.sft.muon import Muon
-from lumina_rt.sft.train import autocast, best_dtype
+from lumina_rt.sft.train import autocast
 from lumina_rt.sft.world import Scene
 from PIL import Image
 from torch import Tensor
@@ -28,6 +28,7 @@ from tqdm import tqdm
 from lumina_rt.images import to_pixels
 from lumina_rt.unirep import candidate_sizes
 from lumina_rt.vqgan import VQGAN, VQGANConfig
+from lumina_rt.weights import fastest_dtype
 
 CONFIG = VQGANConfig(
     embed_dim=16, n_embed=2048, z_channels=64, ch=8, ch_mult=(1, 2, 4, 8), num_res_blocks=1, norm_groups=1
@@ -150,7 +151,7 @@ def train(folder: Path, steps: int, batch_size: int, lr: float, warmup: int, see
     torch.manual_seed(seed)
     vqgan = VQGAN(CONFIG).train()
     _init(vqgan)
-    codebook, dtype = Codebook(vqgan), best_dtype()
+    codebook, dtype = Codebook(vqgan), fastest_dtype("cpu")
     learned = [p for p in vqgan.parameters() if p.requires_grad]
     optimizers = (
         Muon([p for p in learned if p.dim() == 4], lr),

@@ -46,6 +46,30 @@ def test_ops_reports_every_case_that_is_asked_for():
     assert all(r["us"] > 0 and 0 < r["floor_percent"] < 100 for r in results)
 
 
+def test_roofline_computes_the_floor_of_a_step_and_says_that_it_measured_nothing():
+    lines = run("roofline.py", "--gpus", "H100", "RTX 4090", "--rows", 1, 2, 128)
+    assert "computed, not measured" in lines[0]
+    report = json.loads(lines[-1])
+    assert report["measured"] is False
+    found = {(r["gpu"], r["format"], r["rows"]): r for r in report["results"]}
+    assert len(found) == 2 * 3 * 3
+    # By hand: 32 layers of four matrices for attention and three for the MLP, and 8192 rows of the head.
+    n = 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 8192 * 4096
+    kv = 1200 * 2**19
+    two = found["H100", "bf16", 2]
+    assert two["gb"] == pytest.approx((2 * n + 2 * kv) / 1e9, rel=1e-3)
+    assert two["gflop"] == pytest.approx(2 * (2 * n + 2 * kv / 2) / 1e9, rel=1e-3)
+    assert two["floor_ms"] == pytest.approx(1e3 * two["gb"] / 3350)
+    assert two["s_per_image"] == pytest.approx(48 * 48 * two["floor_ms"] / 1e3)
+    assert found["H100", "bf16", 1]["s_per_image"] < two["s_per_image"] < found["RTX 4090", "bf16", 2]["s_per_image"]
+    assert found["H100", "int8", 2]["gb"] == pytest.approx((n * (1 + 1 / 32) + 2 * kv) / 1e9, rel=1e-3)
+    assert found["H100", "int4", 2]["gb"] < found["H100", "int8", 2]["gb"] < two["gb"]
+    assert found["RTX 4090", "int4", 128]["s_per_image"] < found["RTX 4090", "int4", 2]["s_per_image"]
+    assert two["fits"]
+    assert not found["RTX 4090", "int4", 128]["fits"]
+    assert (two["bound"], found["RTX 4090", "int4", 128]["bound"]) == ("memory", "memory")
+
+
 def test_latency_tells_steps_and_draws_held_a_step(checkpoint):
     def result(speculation):
         lines = run("latency.py", "--model", checkpoint, "--size", "64x64", "--iters", 2, "--speculation", speculation)

@@ -247,6 +247,7 @@ def test_info_without_a_model_tells_about_the_machine_alone(plain, no_model):
     assert facts["version"] == cli.VERSION
     assert facts["instruction_set"] in ("avx512", "avx2", "portable")
     assert facts["threads"] == torch.get_num_threads()
+    assert facts["attention"].startswith(("C++", "Triton", "flash-attn"))
     assert "model" not in facts
 
 
@@ -256,6 +257,7 @@ def test_info_tells_the_shape_and_the_memory_of_a_model(plain, checkpoint):
     assert (code, err) == (0, "")
     facts = json.loads(out)
     assert (facts["shape"]["hidden"], facts["dtype"]) == (64, "float32")
+    assert facts["attention"] == "C++, as on every CPU"
     assert facts["kv_bytes_a_token"] == 2 * 2 * 64 * 4
     assert (facts["pool"]["pages"], facts["pool"]["page_size"]) == (8, 16)
     assert "64x64" in facts["sizes"]
@@ -561,6 +563,8 @@ def test_the_engine_options_reach_the_engine(monkeypatch, plain):
     monkeypatch.setattr(Engine, "from_pretrained", spy)
     values = {"page_size": 32, "num_pages": 9, "kv_cache_gib": 1.5, "max_num_seqs": 4, "max_num_batched_tokens": 64}
     values |= {"max_model_len": 128, "tokenizer": "t", "vqgan": "v", "dtype": "float32", "device": "cpu", "model": "m"}
-    values |= {"quantization": "int4", "kv_cache_dtype": "int8", "speculation": 8}
-    plain("generate", "a dog", *[f"--{name.replace('_', '-')}={value}" for name, value in values.items()])
-    assert seen == values
+    values |= {"quantization": "int4", "kv_cache_dtype": "int8", "speculation": 8, "attn_backend": "triton"}
+    values |= {"gpu_memory_utilization": 0.5}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
+    plain("generate", "a dog", *options, "--enforce-eager")
+    assert seen == values | {"enforce_eager": True}

@@ -30,6 +30,9 @@ BAD_CONFIG = [
     *[("max_num_seqs", value) for value in (0, 1, None, *NOT_WHOLE)],
     *[("max_num_batched_tokens", value) for value in (15, None, *NOT_WHOLE)],
     *[("max_model_len", value) for value in (15, None, *NOT_WHOLE)],
+    *[("gpu_memory_utilization", value) for value in (0, 1.1, *NOT_REAL)],
+    *[("enforce_eager", value) for value in (0, 1, None, "yes")],
+    *[("attn_backend", value) for value in ("Flash", "sdpa", "", None, 1, ["flash"])],
 ]
 
 

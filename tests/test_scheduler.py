@@ -451,7 +451,7 @@ def test_build_step_lays_rows_out_one_after_the_other(tokenizer):
     plain = traffic.submit("b", num_images=0)
     traffic.engine._apply()
     plan = traffic.scheduler.schedule(0.0)
-    step = build_step(plan, PAGE, "cpu")
+    step = build_step(plan, PAGE, torch.device("cpu"))
     sample, other = guided.samples[0], plain.samples[0]
     assert step.tokens.tolist() == sample.tokens + sample.tokens[-3:] + other.tokens
     assert step.cu_seqlens.tolist() == [0, 25, 28, 31]

@@ -95,5 +95,6 @@ def test_pictures_are_the_same_whatever_is_guessed_and_take_fewer_steps(options)
     for speculation in (4, 16, 64, "auto"):
         found, n_fewer = drawn(speculation)
         assert found == codes
-        assert n_fewer < n_steps
+        # What "auto" takes follows from what steps cost here and now: on a busy machine it may be one draw a step.
+        assert n_fewer < n_steps or (speculation == "auto" and n_fewer == n_steps)
     assert drawn(16)[1] * 2 < n_steps

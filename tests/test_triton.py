@@ -25,7 +25,7 @@ pytest.importorskip("triton", reason="Triton is not installed; it is on Linux wi
 from lumina_rt.kernels import cuda, paged_attention
 
 # NumPy tells of what the kernels mask away.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.usefixtures("patched_once")]
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16) if ON_GPU else (torch.float32, torch.float16)
@@ -70,28 +70,6 @@ def fence(x):
         buffer.fill_(math.nan)
     buffer[BAND:-BAND] = x.flatten()
     return buffer[BAND:-BAND].view(x.shape)
-
-
-@pytest.fixture(autouse=True)
-def patched_once(monkeypatch):
-    """The interpreter patches the language again in each call of a device function: two thirds of its time."""
-    if ON_GPU:
-        return
-    from triton.runtime import interpreter
-
-    launch, patch, done = interpreter.GridExecutor.__call__, interpreter._patch_lang, set()
-
-    def launch_once(self, *args, **options):
-        done.clear()
-        return launch(self, *args, **options)
-
-    def patch_once(fn):
-        if id(fn.__globals__) not in done:
-            done.add(id(fn.__globals__))
-            return patch(fn)
-
-    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_once)
-    monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
 
 
 @pytest.fixture

@@ -282,6 +282,16 @@ def test_bfloat16_loads_and_still_gives_float32_pixels(tiny, saved):
     assert pixels.dtype == torch.float32
 
 
+def test_a_decoder_in_bfloat16_draws_the_same_picture_and_codes_stay_exact(tiny, saved):
+    pixels, codes = random_pixels(2, 3, 8, 12), torch.randint(20, (2, 4, 6), generator=torch.Generator().manual_seed(2))
+    fast = VQGAN.from_pretrained(saved).decode_in(torch.bfloat16)
+    assert torch.equal(fast.encode_latents(pixels), tiny.encode_latents(pixels))
+    exact, drawn = tiny.decode(codes), fast.decode(codes)
+    assert drawn.dtype == torch.float32
+    error = (drawn - exact).square().mean().sqrt() / exact.std()
+    assert 0 < error < 0.02  # some roundings of 2^-9 each
+
+
 def test_a_failed_save_leaves_what_was_there(tiny, saved, monkeypatch):
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
 

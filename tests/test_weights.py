@@ -250,6 +250,19 @@ print((peak() - before) / weights.n_bytes(model))
     assert 0.9 < ratio < 1.15
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="what is mapped stands in /proc")
+def test_the_embedding_stays_in_its_file_where_it_has_the_dtype(folder):
+    def is_mapped(tensor):
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            first, last = (int(end, 16) for end in line.split()[0].split("-"))
+            if first <= tensor.data_ptr() < last:
+                return line.endswith("model.safetensors")
+
+    assert is_mapped(load(folder).embed)
+    assert not is_mapped(load(folder, torch.bfloat16).embed)
+    assert not is_mapped(load(folder).layers[0].o)
+
+
 def test_only_convert_reads_pickles():
     package = Path(weights.__file__).parent
     for path in [*package.glob("*.py"), *Path(reference.__file__).parent.glob("*.py")]:
