@@ -41,8 +41,21 @@ def test_a_page_and_its_pictures_are_written(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "SWEEPS", {name: values[:2] for name, values in figures.SWEEPS.items()})
     figures.main([str(tmp_path / "docs"), "--model", str(checkpoint), "-n", "6"])
     page = (tmp_path / "docs" / "README.md").read_text()
-    for name in ("pictures", "sampling", "guidance", "attention"):
+    for name in ("pictures", "sampling", "guidance", "attention", "acceptance"):
         assert f"{name}.png" in page
         with Image.open(tmp_path / "docs" / f"{name}.png") as image:
             assert min(image.size) > 100
     assert page.count("| --- |") == len(figures.SWEEPS) + 1
+
+
+def test_acceptance_adds_up_to_the_steps_that_were_saved(checkpoint, tmp_path):
+    engine = Engine.from_pretrained(checkpoint, device="cpu", speculation=16)
+    fed, commit = [], engine.scheduler.commit
+    engine.scheduler.commit = lambda plan, drawn: (fed.append(len(plan)), commit(plan, drawn))[1]
+    shares = figures.acceptance(engine, tmp_path / "a.png", 5)
+    assert shares.shape == (8, 8)
+    assert ((shares >= 0) & (shares <= 1)).all()
+    assert shares[0, 0] == 0  # the first is drawn from the prompt
+    assert shares.sum() > 0
+    assert 5 * shares.sum() == 5 * 64 - sum(fed)  # one code of each step of an image took that step
+    assert engine.scheduler.commit is not commit
