@@ -8,14 +8,13 @@ whichever thread waits for an answer, and for callers in asyncio in a thread of 
 a step is computed: that is the model's op list.
 """
 
-import asyncio
 import importlib.util
 import itertools
 import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
@@ -31,17 +30,17 @@ from lumina_rt.graph import Graphs
 from lumina_rt.kernels import cpu
 from lumina_rt.kv_cache import KVCache, Lease, bytes_a_token
 from lumina_rt.model import Model
-from lumina_rt.outputs import Answer, ImageRow, Preview, RequestOutput, TextDelta, Timings
+from lumina_rt.outputs import Answer, Event, ImageRow, RequestOutput, TextDelta, Timings
 from lumina_rt.params import EngineConfig, SamplingParams, checked_int
 from lumina_rt.previews import Previews
 from lumina_rt.prompts import IMAGE_MARK, Message
 from lumina_rt.request import Draw, Grammar, Request, Sample, answer_length
 from lumina_rt.sampler import Pick, Sampler
 from lumina_rt.scheduler import Scheduler, Work, build_step
+from lumina_rt.stream import Stream, raised
 from lumina_rt.tokenizer import Tokenizer
 from lumina_rt.vqgan import VQGAN, to_uint8
 
-Event = TextDelta | ImageRow | Preview | RequestOutput
 Callback = Callable[[Event], None]
 
 # Areas that the released checkpoints were trained on, the default first; generation_config.json may name others.
@@ -183,9 +182,7 @@ class Engine:
         finally:
             self._leave(requests)
 
-    def stream(
-        self, conversation, params: SamplingParams | None = None, *, preview_every: int | None = None
-    ) -> "Stream":
+    def stream(self, conversation, params: SamplingParams | None = None, *, preview_every: int | None = None) -> Stream:
         """Answer one conversation event by event: TextDelta, ImageRow, Preview, and last the RequestOutput.
 
         preview_every: ask for a Preview of an image after so many rows, again and again; None for none. They are
@@ -414,12 +411,12 @@ class Engine:
             if text:
                 request.tell(TextDelta(request.request_id, sample.index, text))
         if layout and (begun != sample.image_start or sample.rows_done > rows):
-            lines = np.array(sample.tokens[begun + 3 :][: (rows + 1) * (layout.columns + 1)]).reshape(rows + 1, -1)
-            codes = self.tokenizer.vocab.codes(lines[:, :-1])
-            request.tell(ImageRow(request.request_id, sample.index, n_images, rows, layout.rows, codes[-1]))
-            is_asked = request.preview_every and len(codes) % request.preview_every == 0
-            if is_asked and not sample.finish_reason:
-                self.previews.begin(request, sample.index, n_images, layout, codes)
+            first = begun + 3 + rows * (layout.columns + 1)
+            codes = self.tokenizer.vocab.codes(np.array(sample.tokens[first : first + layout.columns]))
+            request.tell(ImageRow(request.request_id, sample.index, n_images, rows, layout.rows, codes))
+            if request.preview_every and (rows + 1) % request.preview_every == 0 and not sample.finish_reason:
+                lines = np.array(sample.tokens[begun + 3 : first + layout.columns + 1]).reshape(rows + 1, -1)
+                self.previews.begin(request, sample.index, n_images, layout, self.tokenizer.vocab.codes(lines[:, :-1]))
         self.scheduler.settle(request, sample)
 
     def _show_preview(self, request: Request) -> bool:
@@ -504,7 +501,7 @@ class Engine:
                     raise AssertionError("a request waits, and there is nothing to run")
             finally:
                 self._release()
-        return _raised(events.popleft())
+        return raised(events.popleft())
 
     def decode_codes(self, codes: np.ndarray) -> Image.Image:
         """Draw the picture that codes stand for. codes: integers [rows, columns]."""
@@ -554,99 +551,6 @@ class Engine:
 
     def _blocks_of_the_longest_row(self) -> int:
         return -(-self.config.max_model_len // self.config.page_size)
-
-
-class Stream:
-    """The events of one request, as they come: an iterator, plain or of asyncio, that ends after the RequestOutput.
-
-    request_id: what `Engine.abort` takes. Each `next` runs steps until there is an event, and raises what ended the
-    request where that was no answer; `anext` raises the same, and waits while a thread steps.
-    """
-
-    def __init__(self, engine: Engine, request: Request):
-        self.request_id = request.request_id
-        self._engine, self._request = engine, request
-        self._is_done = False
-        self._loop: asyncio.AbstractEventLoop | None = None  # of the first `anext`
-
-    def __iter__(self) -> Iterator[Event]:
-        return self
-
-    def __next__(self) -> Event:
-        if self._is_done:
-            raise StopIteration
-        try:
-            return self._note(self._engine._next_event(self._request.events))
-        except BaseException:
-            self.close()
-            raise
-
-    def __aiter__(self) -> AsyncIterator[Event]:
-        return self
-
-    async def __anext__(self) -> Event:
-        try:
-            await self._arrival()
-            if self._is_done:
-                raise StopAsyncIteration
-            return self._note(_raised(self._request.events.popleft()))
-        except BaseException:  # an error, or a task that was cancelled
-            self.close()
-            raise
-
-    async def _arrival(self) -> None:
-        """Wait until there is an event, or the stream is closed."""
-        events = self._request.events
-        if self._loop is None:
-            self._loop, self._ready = asyncio.get_running_loop(), asyncio.Event()
-            self._engine._await(self._request, self._wake)
-        while not (events or self._is_done):
-            self._ready.clear()
-            if not (events or self._is_done):  # nothing came before the flag was down
-                await self._ready.wait()
-
-    def _wake(self) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self._ready.set)
-        except RuntimeError:  # the loop was closed: nobody is left to read
-            self._engine._leaving.append((self._request, None))
-
-    def _note(self, event: Event) -> Event:
-        self._is_done = isinstance(event, RequestOutput)
-        return event
-
-    async def aclose(self) -> None:
-        """As `close`, which waits for nothing either."""
-        self.close()
-
-    def close(self) -> None:
-        """End the request; its pages are free at once."""
-        if not self._is_done:
-            self._is_done = True
-            self._engine._leave([self._request])
-            if self._loop:  # another task may wait for the next event
-                self._wake()
-
-    def __enter__(self) -> "Stream":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
-    async def __aenter__(self) -> "Stream":
-        return self
-
-    async def __aexit__(self, *_) -> None:
-        self.close()
-
-    def __del__(self):
-        self.close()
-
-
-def _raised(event: Event | BaseException) -> Event:
-    if isinstance(event, BaseException):
-        raise event
-    return event
 
 
 def engine_config(options: dict) -> EngineConfig:

@@ -105,3 +105,6 @@ class RequestOutput:
     @property
     def finish_reason(self) -> str:
         return self.answers[0].finish_reason
+
+
+Event = TextDelta | ImageRow | Preview | RequestOutput

@@ -82,7 +82,11 @@ FORMATS = [{}, {"dtype": "bfloat16"}, {"quantization": "int8"}, {"quantization":
 
 
 @pytest.mark.parametrize("options", FORMATS, ids=lambda options: "-".join(options.values()) or "float32")
-def test_pictures_are_the_same_whatever_is_guessed_and_take_fewer_steps(options):
+def test_pictures_are_the_same_whatever_is_guessed_and_take_fewer_steps(options, monkeypatch):
+    # What "auto" takes follows from what steps cost: here all cost the same, on a busy machine as well.
+    observe = Pace.observe
+    monkeypatch.setattr(Pace, "observe", lambda pace, n_tokens, seconds: observe(pace, n_tokens, 1.0))
+
     def drawn(speculation):
         engine = Engine.from_pretrained(**options, speculation=speculation)
         prompts = ["a red circle left of a blue star", "three green squares"]
@@ -95,6 +99,5 @@ def test_pictures_are_the_same_whatever_is_guessed_and_take_fewer_steps(options)
     for speculation in (4, 16, 64, "auto"):
         found, n_fewer = drawn(speculation)
         assert found == codes
-        # What "auto" takes follows from what steps cost here and now: on a busy machine it may be one draw a step.
-        assert n_fewer < n_steps or (speculation == "auto" and n_fewer == n_steps)
+        assert n_fewer < n_steps
     assert drawn(16)[1] * 2 < n_steps
