@@ -1,11 +1,13 @@
-"""Muon (Jordan 2024): momentum whose step for each matrix is its nearest orthogonal one; in fp32 throughout.
+"""Muon (Jordan 2024): momentum whose step for each matrix is its nearest orthogonal one.
 
 torch.optim.Muon takes matrices only, one at a time, and multiplies them in bf16, which costs more than the model on
-AVX2.
+AVX2. Here those of one shape go together, in bf16 only where that is fast.
 """
 
 import torch
 from torch import Tensor
+
+from lumina_rt.weights import fastest_dtype
 
 
 class Muon(torch.optim.Optimizer):
@@ -31,7 +33,8 @@ class Muon(torch.optim.Optimizer):
             average = self.state[p].setdefault("average", torch.zeros_like(p))
             average.lerp_(p.grad, 1 - momentum)
             directions.append(p.grad.lerp(average, momentum).flatten(1))
-        for p, direction in zip(alike, orthogonal(torch.stack(directions)), strict=True):
+        dtype = fastest_dtype(alike[0].device.type)
+        for p, direction in zip(alike, orthogonal(torch.stack(directions).to(dtype)).float(), strict=True):
             rows, columns = direction.shape
             p.mul_(1 - lr * weight_decay)
             p.sub_(direction.view_as(p), alpha=lr * max(1, rows / columns) ** 0.5)

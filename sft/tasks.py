@@ -49,7 +49,7 @@ def questions(rng: Random, size: tuple[int, int]) -> Turns:
     """Several turns about one picture, some with a word on something else between."""
     scene = scene_for(rng, size)
     turns: list[Message] = []
-    for i in range(rng.randint(2, 5)):
+    for i in range(rng.randint(2, 8)):
         asked, answer = captions.talk(rng) if i and rng.random() < 0.1 else captions.question(rng, scene)
         # The runtime puts an image that comes without a mark before the words.
         first = Message("user", f"{IMAGE_MARK} {asked}", (world.picture(scene, *size),))

@@ -46,6 +46,8 @@ class TrainingConfig:
     muon_lr: where AdamW learns by `lr`, Muon learns by this the matrices inside layers; 0 leaves them to AdamW.
     clip: largest norm of the gradient.  context_drop: how often the words before an image are left out.
     recompute: keep no activations inside layers.  save_every: steps between saved states.
+    compile: fuse what stands between the products of a layer (torch.compile; some 20 s at the start, a C++ compiler on
+    a CPU; the embedded model then learns 16,400 tokens a second on two AVX-512 cores in place of 12,500).
     """
 
     steps: int
@@ -62,6 +64,7 @@ class TrainingConfig:
     context_drop: float = 0.1
     dtype: str = "bfloat16"
     recompute: bool = False
+    compile: bool = False
     save_every: int = 500
     seed: int = 0
 
@@ -103,6 +106,9 @@ class Trainer:
         if largest_token >= shape.vocab_size:
             raise ValueError(f"the data holds token {largest_token}; the model has {shape.vocab_size} tokens")
         model = TrainableModel(shape, c.dropout, c.recompute)
+        if c.compile:
+            for layer in model.model.layers:
+                layer.compile(dynamic=True)
         if weights.has_weights(self.source):
             if self.rank == 0:
                 model.load_state_dict(weights.read_state(self.source, shape))

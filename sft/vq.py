@@ -41,7 +41,9 @@ EMA_DECAY = 0.99
 RECENT = 16_384  # latents
 DEAD = 0.02  # times a step that a row is chosen, on average, below which it is moved
 REVIVE_EVERY = 50  # steps
-ALIKE = 0.15  # root mean square, of a range of 2, below which what two codes stand for counts as the same
+# Root mean square, of a range of 2, below which patches that two codes stand for count as the same, where their
+# contrast is 1; half as much where they are plain.
+ALIKE = 0.12
 
 
 def random_image(rng: Random, scene: Scene, width: int, height: int) -> Image.Image:
@@ -66,7 +68,7 @@ def window(rng: Random, width: int, height: int, thing: world.Thing) -> tuple[in
     return cut[0][0], cut[1][0], cut[0][1], cut[1][1]
 
 
-def batches(seed: int, batch_size: int, whole_from: int, start: int = 0) -> Iterator[Tensor]:
+def batches(seed: int | str, batch_size: int, whole_from: int, start: int = 0) -> Iterator[Tensor]:
     """Endless batches, float [batch_size, 3, H, W] in [-1, 1], each of one size; the same from `start` on.
 
     From step `whole_from` on they are whole pictures, before it windows.
@@ -138,9 +140,35 @@ def _init(vqgan: VQGAN) -> None:
 
 
 def _weight(pixels: Tensor) -> Tensor:
-    """What an error weighs, [b, 1, H, W]: more beside edges, where what is drawn is told apart."""
+    """What an error weighs, [b, 1, H, W]: more beside edges, where what is drawn is told apart, and of those more
+    where the contrast is small, so that pink on gray is drawn as well as yellow on black.
+    """
     around = F.avg_pool2d(pixels, 9, stride=1, padding=4, count_include_pad=False)
-    return 1 + 4 * (pixels - around).abs().amax(1, keepdim=True)
+    edge = (pixels - around).abs().amax(1, keepdim=True)
+    brightest, darkest = (F.max_pool2d(side, 9, stride=1, padding=4) for side in (pixels, -pixels))
+    contrast = (brightest + darkest).amax(1, keepdim=True)
+    return 1 + 8 * edge / (contrast * (0.3 + contrast) + 0.1)
+
+
+def _loss(drawn: Tensor, pixels: Tensor) -> Tensor:
+    """Weighted error of what was drawn, both [b, 3, H, W]."""
+    difference = drawn.float() - pixels
+    return (_weight(pixels) * (difference.square() + 0.1 * difference.abs())).mean()
+
+
+def _optimizers(learned: list[Tensor], lr: float, steps: int) -> tuple[list, list]:
+    """Muon for convolutions and AdamW for the rest, each with its schedule: half a cosine to a hundredth of `lr`."""
+    optimizers = [
+        Muon([p for p in learned if p.dim() == 4], lr),
+        torch.optim.AdamW([p for p in learned if p.dim() != 4], lr / 7, betas=(0.9, 0.95), weight_decay=1e-4),
+    ]
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda i: min(1, (i + 1) / 100) * max(0.01, 0.5 + 0.5 * math.cos(math.pi * i / steps))
+        )
+        for optimizer in optimizers
+    ]
+    return optimizers, schedules
 
 
 def train(folder: Path, steps: int, batch_size: int, lr: float, warmup: int, seed: int) -> VQGAN:
@@ -153,16 +181,7 @@ def train(folder: Path, steps: int, batch_size: int, lr: float, warmup: int, see
     _init(vqgan)
     codebook, dtype = Codebook(vqgan), fastest_dtype("cpu")
     learned = [p for p in vqgan.parameters() if p.requires_grad]
-    optimizers = (
-        Muon([p for p in learned if p.dim() == 4], lr),
-        torch.optim.AdamW([p for p in learned if p.dim() != 4], lr / 7, betas=(0.9, 0.95), weight_decay=1e-4),
-    )
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda i: min(1, (i + 1) / 100) * max(0.01, 0.5 + 0.5 * math.cos(math.pi * i / steps))
-        )
-        for optimizer in optimizers
-    ]
+    optimizers, schedules = _optimizers(learned, lr, steps)
     start = 0
     state_path = folder / "training.pt"
     if state_path.exists():
@@ -199,9 +218,8 @@ def train(folder: Path, steps: int, batch_size: int, lr: float, warmup: int, see
             codebook.follow(rows, codes.flatten())
         with autocast("cpu", dtype):
             drawn = vqgan.decode_latents(quantized)
-        difference = drawn.float() - pixels
-        loss = loss + (_weight(pixels) * (difference.square() + 0.1 * difference.abs())).mean()
-        error = difference.detach().square().mean()
+        loss = loss + _loss(drawn, pixels)
+        error = (drawn.detach().float() - pixels).square().mean()
         vqgan.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
@@ -242,11 +260,13 @@ def merge_codes(vqgan: VQGAN, seed: int = 0, n_batches: int = 120, batch_size: i
         counts.index_add_(0, codes, torch.ones(len(codes)))
         sums.index_add_(0, codes, patches)
     shown = sums / counts.clamp(min=1)[:, None]
+    by_channel = shown.unflatten(1, (vqgan.config.in_channels, -1))
+    alike = ALIKE * (0.5 + 0.5 * (by_channel.amax(2) - by_channel.amin(2)).amax(1))
     kept: list[int] = []
     for code in counts.argsort(descending=True, stable=True).tolist():
         if not counts[code]:
             break
-        if not kept or (shown[kept] - shown[code]).square().mean(1).min() >= ALIKE**2:
+        if not kept or ((shown[kept] - shown[code]).square().mean(1).sqrt() >= alike[kept].maximum(alike[code])).all():
             kept.append(code)
     kept_codes = torch.tensor(sorted(kept))
     merged = VQGAN(replace(vqgan.config, n_embed=len(kept)))
@@ -254,6 +274,26 @@ def merge_codes(vqgan: VQGAN, seed: int = 0, n_batches: int = 120, batch_size: i
         vqgan.state_dict() | {"quantize.embedding.weight": vqgan.quantize.embedding.weight[kept_codes]}
     )
     return merged.eval(), kept_codes
+
+
+def refine(vqgan: VQGAN, steps: int, batch_size: int, lr: float, seed: int = 0) -> None:
+    """Train the decoder alone, on whole pictures: it learns what the codes that are left stand for. They stay."""
+    vqgan.train()
+    parts = vqgan.decoder, vqgan.post_quant_conv
+    learned = [p for part in parts for p in part.parameters()]
+    (optimizers, schedules), dtype = _optimizers(learned, lr, steps), fastest_dtype("cpu")
+    pictures = batches(f"refine {seed}", 2 * batch_size, 0)
+    for pixels in tqdm(islice(pictures, steps), total=steps, desc="decoder", mininterval=5):
+        with torch.no_grad():
+            quantized = vqgan.quantize.lookup(vqgan.encode(pixels))
+        with autocast("cpu", dtype):
+            drawn = vqgan.decode_latents(quantized)
+        vqgan.zero_grad()
+        _loss(drawn, pixels).backward()
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
+        for part in (*optimizers, *schedules):
+            part.step()
+    vqgan.eval()
 
 
 @torch.no_grad()
@@ -274,14 +314,17 @@ def psnr(vqgan: VQGAN, n: int = 200, target: int = 96, seed: int = 1) -> float:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m lumina_rt.sft.vq", description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=6500)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=7000)
+    parser.add_argument("--refine", type=int, default=3000, help="steps of the decoder alone, after codes are merged")
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=0.02)
     parser.add_argument("--warmup", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     args.folder.mkdir(parents=True, exist_ok=True)
+    steps = vars(args).pop("refine")
     vqgan, _ = merge_codes(train(**vars(args)))
+    refine(vqgan, steps, args.batch_size, args.lr / 2, args.seed)
     vqgan.save_pretrained(args.folder)
     print(f"codes: {vqgan.config.n_embed}")
     print(f"round trip of held-out pictures: {psnr(vqgan):.2f} dB")

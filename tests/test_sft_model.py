@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from lumina_rt.sft.model import TrainableModel, loss_of
+from lumina_rt.sft.model import SHORT, TrainableModel, long_attention, loss_of, short_attention
 from test_model import KINDS, VOCAB, Rows, build, random_tokens
 
 from lumina_rt import weights
@@ -88,6 +88,19 @@ def test_logits_are_those_of_the_runtimes_model(kind, tmp_path):
         logits = trainable(tmp_path, ours.config)(torch.tensor([tokens]))[0]
     expected = Rows(ours, 1).feed({0: tokens})[0]
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("n", [1, 2, 37, SHORT])
+def test_attention_is_the_same_with_its_scores_written_out(n):
+    generator = torch.Generator().manual_seed(n)
+    q, k, v, upstream = (torch.randn(2, 3, n, 8, generator=generator, dtype=torch.float64) for _ in range(4))
+    results = []
+    for attend in (long_attention, short_attention):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = attend(*inputs)
+        results.append((out, *torch.autograd.grad(out, inputs, upstream)))
+    for long, short in zip(*results, strict=True):
+        assert (long - short).abs().max() <= 1e-12 * long.abs().max().clamp(min=1)
 
 
 def test_padding_changes_nothing_and_rows_count_by_themselves(tmp_path):

@@ -124,6 +124,17 @@ def test_a_run_with_muon_that_was_killed_ends_with_the_same_bits(trainer, tmp_pa
     assert_same(*(load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed")))
 
 
+def test_a_compiled_run_is_the_same_but_for_rounding(trainer, tmp_path):
+    for name in ("plain", "compiled"):
+        trainer(name, steps=3, compile=name == "compiled", **PLAIN).run()
+    plain, compiled = (losses(tmp_path / name) for name in ("plain", "compiled"))
+    for line, other in zip(plain, compiled, strict=True):
+        assert other["loss"] == pytest.approx(line["loss"], rel=1e-5)
+        assert other["grad_norm"] == pytest.approx(line["grad_norm"], rel=1e-4)
+    tensors = load_file(tmp_path / "compiled" / "model.safetensors")
+    assert tensors.keys() == load_file(tmp_path / "plain" / "model.safetensors").keys()
+
+
 def test_training_lowers_the_loss_of_what_it_has_seen(trainer, tmp_path):
     trainer(steps=20, batch_tokens=600, save_every=20, **PLAIN).run()
     lines = losses(tmp_path / "run")
