@@ -1,7 +1,7 @@
 """How many images a minute, against how many are in flight.
 
     python bench/throughput.py                                          # the embedded model, at its own size
-    python bench/throughput.py --in-flight 1 16 64 --page-size 16 --speculation off --plot throughput.png
+    python bench/throughput.py --in-flight 1 16 64 --page-size 8 --speculation off --plot throughput.png
     python bench/throughput.py --dummy-weights 7b --layers 2 --size 128x128 --quantization int4 --images 4
 
 Images of different prompts come and go; as soon as one is finished the next begins. The floor is that of latency.py,
@@ -96,7 +96,7 @@ def main() -> None:
     parser = latency.model_parser(__doc__)
     parser.add_argument("--in-flight", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], metavar="N")
     parser.add_argument("--images", type=int, help="for each of these (default: twice as many, 8 at least)")
-    parser.add_argument("--page-size", type=int, default=256, help="tokens (default: 256)")
+    parser.add_argument("--page-size", type=int, help="tokens (default: that of the device)")
     args = parser.parse_args()
 
     env, floor = machine.environment(), machine.measure()
@@ -111,7 +111,7 @@ def main() -> None:
             for n in tqdm(args.in_flight, leave=False)
         ]
     print(f"{'load':16} {config['load_s']:.2f} s\n\n{table(results)}")
-    report = {"env": env, "config": config | {"page_size": args.page_size}, "floor": asdict(floor), "results": results}
+    report = {"env": env, "config": config | {"page_size": engine.config.page_size}, "floor": asdict(floor), "results": results}
     if args.plot:
         plot(results, args.plot)
     if args.output_json:

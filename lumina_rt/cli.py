@@ -589,12 +589,13 @@ def _psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _info(args):
+    device = default_device()
     facts = {
         "version": VERSION,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})",
-        "attention": choose_ops(EngineConfig(), default_device(), torch.bfloat16, 128)[1],
+        "attention": choose_ops(EngineConfig().on(device), device, torch.bfloat16, 128)[1],
         "instruction_set": _C.isa(),
         "threads": torch.get_num_threads(),
     }

@@ -66,7 +66,7 @@ class Engine:
         target_sizes: Sequence[int] = TARGET_SIZES,
         defaults: Mapping | None = None,
     ):
-        self.config = config or EngineConfig()
+        self.config = (config or EngineConfig()).on(model.embed.device.type)
         self.model, self.tokenizer, self.vqgan, self.defaults = model, tokenizer, vqgan, dict(defaults or {})
         factor = vqgan.config.factor
         candidates = [unirep.candidate_sizes(target, patch=2 * factor) for target in target_sizes]
@@ -120,8 +120,8 @@ class Engine:
         Raises CheckpointError, a ValueError, with everything that is wrong with the files, and ValueError for
         arguments that name nothing known.
         """
-        config = engine_config(options)
         device, torch_dtype = _device(device), _dtype(dtype)
+        config = engine_config(options).on(device)
         folder = hub.find_model(model)
         target_sizes, defaults = target_sizes_of(folder), sampling_defaults_of(folder)
         tokens = Tokenizer.from_file(hub.find_tokenizer(folder, tokenizer))

@@ -3,7 +3,7 @@
 Whether a size is one the model was trained on is not known here; the Engine checks that.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 
 from lumina_rt.speculative import WINDOWS
@@ -64,7 +64,8 @@ class SamplingParams:
 class EngineConfig:
     """How an Engine uses its machine.
 
-    page_size: tokens a page of the KV cache, a power of two from 16.
+    page_size: tokens a page of the KV cache, a power of two from 8; None takes 16 on a CPU, so that few slots stay empty,
+        and 256 on a GPU, as flash-attn wants.
     num_pages: pages of the pool; None takes as many as fit.
     kv_cache_gib: GiB for the pool on a CPU when num_pages is None; memory is touched only as pages are used.
     gpu_memory_utilization: the share of a GPU's memory that weights and pool may take, other programs' counted; what is
@@ -82,7 +83,7 @@ class EngineConfig:
     Raises ValueError that names the value and what was expected.
     """
 
-    page_size: int = 256
+    page_size: int | None = None
     num_pages: int | None = None
     kv_cache_gib: float = 4.0
     max_num_seqs: int = 64
@@ -95,9 +96,10 @@ class EngineConfig:
     enforce_eager: bool = False
 
     def __post_init__(self):
-        _take_int(self, "page_size", 16)
-        if self.page_size & (self.page_size - 1):
-            raise ValueError(f"page_size is {self.page_size}; expected a power of two from 16")
+        if self.page_size is not None:
+            _take_int(self, "page_size", 8)
+            if self.page_size & (self.page_size - 1):
+                raise ValueError(f"page_size is {self.page_size}; expected a power of two from 8")
         if self.num_pages is not None:
             _take_int(self, "num_pages", 1)
         _take_float(self, "kv_cache_gib", 0, 1 << 20, above=True)
@@ -115,6 +117,10 @@ class EngineConfig:
         _take_int(self, "max_num_seqs", 2)
         _take_int(self, "max_num_batched_tokens", 16)
         _take_int(self, "max_model_len", 16)
+
+    def on(self, device: str) -> "EngineConfig":
+        """Itself, with what None leaves to the device, "cpu" or "cuda"."""
+        return self if self.page_size else replace(self, page_size=256 if device == "cuda" else 16)
 
 
 def _is_side(value) -> bool:

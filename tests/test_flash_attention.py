@@ -49,7 +49,7 @@ def test_all_other_rows_go_to_our_own_kernel(flash, rows):
 
 
 def choose(dtype=BF16, head_dim=128, device="cuda", **options):
-    return choose_ops(EngineConfig(**options), device, dtype, head_dim)
+    return choose_ops(EngineConfig(**options).on(device), device, dtype, head_dim)
 
 
 def test_auto_takes_flash_attn_where_its_rules_hold(flash):

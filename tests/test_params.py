@@ -24,7 +24,7 @@ BAD_SAMPLING = [
     *[(prefix + "min_p", value) for prefix in ("", "text_") for value in (1.001, *NOT_REAL)],
 ]
 BAD_CONFIG = [
-    *[("page_size", value) for value in (0, 8, 24, 255, None, *NOT_WHOLE)],
+    *[("page_size", value) for value in (0, 4, 24, 255, *NOT_WHOLE)],
     *[("num_pages", value) for value in (0, *NOT_WHOLE)],
     *[("kv_cache_gib", value) for value in (0, -1, math.nan, math.inf, 10**400, "4", True, None)],
     *[("max_num_seqs", value) for value in (0, 1, None, *NOT_WHOLE)],
@@ -79,9 +79,14 @@ def test_every_bound_is_itself_allowed(field, values):
 
 
 def test_every_bound_of_the_engine_is_itself_allowed():
-    smallest = EngineConfig(16, 1, 1e-3, max_num_seqs=2, max_num_batched_tokens=16, max_model_len=16)
-    assert smallest.page_size == 16
+    smallest = EngineConfig(8, 1, 1e-3, max_num_seqs=2, max_num_batched_tokens=16, max_model_len=16)
+    assert smallest.page_size == 8
     assert EngineConfig(page_size=1024).page_size == 1024
+
+
+def test_the_device_decides_the_page_size_where_nobody_else_does():
+    assert {device: EngineConfig().on(device).page_size for device in ("cpu", "cuda")} == {"cpu": 16, "cuda": 256}
+    assert EngineConfig(page_size=64, max_num_seqs=4).on("cpu") == EngineConfig(page_size=64, max_num_seqs=4)
 
 
 def test_defaults_are_those_of_the_reference():
