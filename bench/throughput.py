@@ -111,7 +111,8 @@ def main() -> None:
             for n in tqdm(args.in_flight, leave=False)
         ]
     print(f"{'load':16} {config['load_s']:.2f} s\n\n{table(results)}")
-    report = {"env": env, "config": config | {"page_size": engine.config.page_size}, "floor": asdict(floor), "results": results}
+    config["page_size"] = engine.config.page_size
+    report = {"env": env, "config": config, "floor": asdict(floor), "results": results}
     if args.plot:
         plot(results, args.plot)
     if args.output_json:

@@ -64,8 +64,8 @@ class SamplingParams:
 class EngineConfig:
     """How an Engine uses its machine.
 
-    page_size: tokens a page of the KV cache, a power of two from 8; None takes 16 on a CPU, so that few slots stay empty,
-        and 256 on a GPU, as flash-attn wants.
+    page_size: tokens a page of the KV cache, a power of two from 8; None takes 16 on a CPU, so that few slots stay
+        empty, and 256 on a GPU, as flash-attn wants.
     num_pages: pages of the pool; None takes as many as fit.
     kv_cache_gib: GiB for the pool on a CPU when num_pages is None; memory is touched only as pages are used.
     gpu_memory_utilization: the share of a GPU's memory that weights and pool may take, other programs' counted; what is
