@@ -219,7 +219,8 @@ def _add_options(command, controls: Sequence[str], defaults: Mapping | None = No
     add_fields(group, SamplingParams, controls, defaults)
     _add_output(command)
     command.add_argument("--quiet", action="store_true", help="show neither a bar, nor previews, nor a summary")
-    group = command.add_argument_group("previews", "images as they grow; a terminal of 24-bit colors shows them")
+    about = "images as they grow; a terminal of 24-bit colors shows them, one of kitty's protocol in full"
+    group = command.add_argument_group("previews", about)
     group.add_argument("--preview-file", metavar="PNG", help="write them here too, each over the one before")
     group.add_argument("--preview-every", type=int, default=4, metavar="N", help="rows of codes (default: 4)")
     group.add_argument("--no-preview", action="store_true", help="show none in the terminal")
@@ -323,11 +324,18 @@ class _Previews:
 
     def _show(self, sheet: Image.Image) -> None:
         columns, lines = shutil.get_terminal_size()
-        drawn = images.half_blocks(sheet, columns, max(1, lines - 2))  # a bar and the cursor stand below
+        draw = images.kitty if _shows_pictures() else images.half_blocks
+        drawn = draw(sheet, columns, max(1, lines - 2))  # a bar and the cursor stand below
         up = f"\x1b[{self._n_lines}F\x1b[J" if self._n_lines else ""
         with tqdm.external_write_mode(sys.stderr):
             print(up + "\n".join(drawn), file=sys.stderr, flush=True)
         self._n_lines = len(drawn)
+
+
+def _shows_pictures() -> bool:
+    """Whether the terminal knows kitty's graphics protocol, by the names that it gives itself."""
+    names = {os.environ.get("TERM", ""), os.environ.get("TERM_PROGRAM", "")}
+    return not names.isdisjoint({"xterm-kitty", "xterm-ghostty", "ghostty", "WezTerm"})
 
 
 def output_paths(output: str, n: int) -> list[Path]:

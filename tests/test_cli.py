@@ -465,6 +465,8 @@ def test_the_preview_file_of_several_images_is_a_sheet(run, at_once):
 )
 def test_a_terminal_shows_an_image_as_it_grows(plain, checkpoint, at_once, monkeypatch, options, shown):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("TERM_PROGRAM", raising=False)
     machine = [option for option in MACHINE if option != "--quiet"]
     model = ("--model", str(checkpoint), "--seed", "3")
     code, _, err = plain("generate", "a dog", *SMALL, *model, *machine, "--preview-every", "1", *options)
@@ -472,6 +474,16 @@ def test_a_terminal_shows_an_image_as_it_grows(plain, checkpoint, at_once, monke
     assert ("\u2580" in err) == shown
     n_pictures = 1 if "100" in options else 4  # three of rows and the whole one
     assert err.count("\x1b[J") == (n_pictures - 1 if shown else 0)  # each but the first replaces one
+
+
+@pytest.mark.parametrize(("name", "value"), [("TERM", "xterm-kitty"), ("TERM_PROGRAM", "WezTerm"), ("TERM", "xterm")])
+def test_a_terminal_of_kittys_protocol_shows_pictures(plain, checkpoint, at_once, monkeypatch, name, value):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.delenv("TERM_PROGRAM", raising=False)
+    monkeypatch.setenv(name, value)
+    machine = [option for option in MACHINE if option != "--quiet"]
+    _, _, err = plain("generate", "a dog", *SMALL, "--model", str(checkpoint), *machine)
+    assert ("\x1b_Ga=T" in err, "\u2580" in err) == ((False, True) if value == "xterm" else (True, False))
 
 
 def test_no_terminal_shows_no_preview_and_quiet_neither(plain, run, checkpoint, at_once, monkeypatch):
