@@ -15,7 +15,7 @@ from scipy import ndimage
 
 CHROMA = 75  # backgrounds stay below 55 between their largest and their smallest channel, things above 110
 LEAST_AREA = 0.005  # of the picture; the smallest thing, a small star, covers 0.01
-LEAST_FIT = 0.55  # intersection over union of a blob and the outline that it is taken for
+LEAST_FIT = 0.55  # intersection over union of a thing and the outline that it is taken for
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def find_things(image: Image.Image) -> list[Found]:
         for core in range(1, n_cores + 1):
             blob = ndimage.binary_dilation(cores == core, iterations=2) & mine
             if blob.sum() >= LEAST_AREA * width * height:
-                found.append(_name(blob, color))
+                found.append(_name(_coverage(pixels, blob, color), color))
     return sorted(found, key=lambda thing: thing.x)
 
 
@@ -88,10 +88,23 @@ def _nearest(pixels: np.ndarray, colors: list[tuple[int, int, int]]) -> np.ndarr
     return np.square(pixels[..., None, :] - palette).sum(-1).argmin(-1)
 
 
-def _name(blob: np.ndarray, color: str) -> Found:
-    height, width = blob.shape
-    rows, columns = np.flatnonzero(blob.any(1)), np.flatnonzero(blob.any(0))
-    cut = blob[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+def _coverage(pixels: np.ndarray, blob: np.ndarray, color: str) -> np.ndarray:
+    """How much of each pixel a thing covers, 0 to 1: where it stands between the background's colour and the thing's.
+
+    The points of a small star cover few pixels whole, so that yes or no for each pixel takes it for a circle.
+    """
+    near = ndimage.binary_dilation(blob, iterations=2)
+    rim = ndimage.binary_dilation(near, iterations=2) & ~near & (np.ptp(pixels, axis=-1) <= CHROMA)
+    around = np.median(pixels[rim], axis=0) if rim.any() else np.zeros(3)
+    axis = np.array(world.COLORS[color]) - around
+    return ((pixels - around) @ axis / (axis @ axis)).clip(0, 1) * near
+
+
+def _name(coverage: np.ndarray, color: str) -> Found:
+    height, width = coverage.shape
+    shown = coverage >= min(0.5, coverage.max())
+    rows, columns = np.flatnonzero(shown.any(1)), np.flatnonzero(shown.any(0))
+    cut = coverage[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     fits = {shape: _fit(cut, shape) for shape in world.SHAPES}
     shape = max(fits, key=fits.get)
     return Found(
@@ -99,16 +112,16 @@ def _name(blob: np.ndarray, color: str) -> Found:
         color,
         (columns[0] + columns[-1] + 1) / 2 / width,
         (rows[0] + rows[-1] + 1) / 2 / height,
-        float(blob.mean()),
+        float(coverage.mean()),
         fits[shape],
     )
 
 
 def _fit(cut: np.ndarray, shape: str) -> float:
-    """Intersection over union of a cut-out blob and an outline stretched to its size."""
+    """Intersection over union of a cut-out thing and an outline stretched to its size, both by coverage."""
     height, width = cut.shape
-    expected = np.asarray(_outline(shape).resize((width, height), Image.Resampling.BOX)) > 127
-    return float((cut & expected).sum() / (cut | expected).sum())
+    expected = np.asarray(_outline(shape).resize((width, height), Image.Resampling.BOX)) / 255
+    return float(np.minimum(cut, expected).sum() / np.maximum(cut, expected).sum())
 
 
 @cache

@@ -106,6 +106,15 @@ def test_what_is_no_outline_of_the_world_is_a_blob():
     assert names(Image.fromarray(pixels)) == ["blue blob"]
 
 
+def test_things_are_told_apart_when_their_corners_are_blurred_away():
+    """A small star blurred by 1.2 pixels has few points left that are of its colour alone."""
+    for color in COLORS:
+        for shape in SHAPES:
+            scene = Scene((Thing(shape, color, "small", 0.52, 0.47),), ("gray",))
+            soft = world.picture(scene, 80, 80).filter(ImageFilter.GaussianBlur(1.2))
+            assert names(soft) == [f"{color} {shape}"]
+
+
 def test_noise_alone_shows_nothing():
     gray = np.random.default_rng(1).integers(0, 256, (64, 64, 1))
     image = Image.fromarray(np.repeat(gray, 3, axis=2).astype(np.uint8))
