@@ -3,16 +3,18 @@
     python bench/latency.py                                             # the embedded model, at its own size
     python bench/latency.py --dummy-weights 7b --layers 8 --size 256x256 --quantization int4 --baseline reference
     python bench/latency.py --speculation off                           # one draw a step
+    python bench/latency.py --device cuda --dummy-weights 7b            # on a GPU
     python bench/latency.py --compare before.json after.json
 
 Decoding reads every weight once a step, whatever the number of rows, so the floor of a step is its bytes over the
-memory's bandwidth, or its multiplications over the rate of the processor, whichever is longer. The last line of stdout
-is one JSON object.
+memory's bandwidth, or its multiplications over the rate of the processor, whichever is longer. On a GPU the bandwidth
+is that of a copy. The last line of stdout is one JSON object.
 """
 
 import argparse
+import gc
 import json
-import resource
+import math
 import statistics
 import tempfile
 import time
@@ -24,7 +26,8 @@ import torch
 from lumina_rt.kernels.quantization import BITS
 from tqdm import tqdm
 
-from lumina_rt import Engine, ImageRow, SamplingParams, dummy, hub, prompts
+from lumina_rt import Engine, ImageRow, SamplingParams, dummy, hub, prompts, weights
+from lumina_rt.tokenizer import Tokenizer
 from lumina_rt.vqgan import VQGANConfig
 
 PROMPT = "a red circle left of a blue star"
@@ -101,11 +104,12 @@ def floor_of_step(engine: Engine, floor: machine.Floor, rows: int, n_cached: flo
         model.image_head,
         *(m for layer in model.layers for m in (layer.qkv, layer.o, layer.gate_up, layer.down)),
     ]
-    n_bytes = rows * n_cached * engine.kv_bytes_a_token + sum(
-        m.panels.numel() + m.scales.numel() * m.scales.element_size() for m in matrices
-    )
-    n_mac = n_tokens * sum(m.panels.numel() * 8 // m.bits for m in matrices)
-    return floor.seconds(n_bytes, n_mac, matrices[-1].bits)
+    n_bytes = rows * n_cached * engine.kv_bytes_a_token + sum(map(machine.n_bytes, matrices))
+    shapes = weights.tensor_shapes(model.config).items()
+    n_weights = sum(math.prod(shape) for name, shape in shapes if name.endswith("_proj.weight"))
+    n_weights += len(engine.tokenizer.vocab.image_ids) * model.config.hidden
+    # On a CPU a packed weight tells in how many bits it is multiplied; on a GPU it is 16 at least, whatever it is in.
+    return floor.seconds(n_bytes, n_tokens * n_weights, getattr(matrices[-1], "bits", 16))
 
 
 def measure(engine: Engine, watch: Watch, floor: machine.Floor, size: tuple[int, int], args) -> dict:
@@ -153,19 +157,18 @@ def measure(engine: Engine, watch: Watch, floor: machine.Floor, size: tuple[int,
         "tokens_per_s": timings.n_answer_tokens / total,
         "floor_ms_per_step": 1000 * least,
         "floor_percent": 100_000 * least / ms_per_step,
-        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_gib": machine.peak_gib(args.device),
     }
 
 
-def reference(engine: Engine, folder: Path, size: tuple[int, int], args) -> dict:
+def reference(tokenizer: Tokenizer, factor: int, folder: Path, size: tuple[int, int], args) -> dict:
     """The reference's loop on the same weights: a whole image where that is short, else some steps of one."""
     import reference_loop
 
-    model, vocab = reference_loop.load(folder)
-    factor = engine.vqgan.config.factor
+    model, vocab = reference_loop.load(folder, args.device)
     latents = size[0] // factor, size[1] // factor
     text = prompts.text_to_image(PROMPT, *size)
-    prompt = [vocab.bos, *engine.tokenizer.encode(text), vocab.end_of_turn]
+    prompt = [vocab.bos, *tokenizer.encode(text), vocab.end_of_turn]
     n_tokens = latents[1] * (latents[0] + 1) + 1
     _, times = reference_loop.decode(
         model, vocab, prompt, latents, args.guidance_scale, 2000, min(n_tokens, args.baseline_steps)
@@ -239,7 +242,9 @@ def model_parser(words: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--speculation", type=_speculation, default="auto", metavar="auto|off|N", help="(default: auto)"
     )
-    parser.add_argument("--device", choices=["cpu"], default="cpu")
+    parser.add_argument(
+        "--device", type=machine.checked_device, default="cpu", metavar="cpu|cuda", help="(default: cpu)"
+    )
     parser.add_argument("--output-json", type=Path)
     parser.add_argument("--plot", type=Path, metavar="PNG")
     return parser
@@ -254,7 +259,8 @@ def load(args, folder: Path, **options) -> tuple[Engine, dict]:
     return engine, {
         "model": args.dummy_weights or args.model, "layers": engine.model.config.n_layers,
         "dtype": str(engine.model.embed.dtype).removeprefix("torch."), "quantization": args.quantization,
-        "speculation": args.speculation, "guidance_scale": args.guidance_scale, "load_s": time.perf_counter() - start,
+        "speculation": args.speculation, "guidance_scale": args.guidance_scale,
+        "ops": engine.model.ops.__name__, "load_s": time.perf_counter() - start,
     }  # fmt: skip
 
 
@@ -269,7 +275,7 @@ def main() -> None:
     if args.compare:
         return compare(*args.compare)
 
-    env, floor = machine.environment(), machine.measure()
+    env, floor = machine.environment(args.device), machine.measure(args.device)
     print(machine.card(env, floor))
     with tempfile.TemporaryDirectory() as temporary:
         folder = checkpoint(args, Path(temporary))
@@ -279,7 +285,10 @@ def main() -> None:
         print(f"{'load':16} {config['load_s']:.2f} s\n\n{table(results)}")
         report = {"env": env, "config": config, "floor": asdict(floor), "results": results}
         if args.baseline:
-            report["baseline"] = reference(engine, folder, sizes[0], args)
+            tokenizer, factor = engine.tokenizer, engine.vqgan.config.factor
+            del engine, watch
+            gc.collect()  # they know each other; a GPU need not hold both models
+            report["baseline"] = reference(tokenizer, factor, folder, sizes[0], args)
             report["speedup"] = report["baseline"]["s_per_image"] / results[0]["s_per_image"]
             print(
                 f"\nreference loop: {report['baseline']['ms_per_step']:.2f} ms a step, "

@@ -17,8 +17,8 @@ from lumina_rt.tokenizer import Tokenizer
 from lumina_rt.vocab import Vocab
 
 
-def load(folder: Path) -> tuple[ChameleonForConditionalGeneration, Vocab]:
-    """A checkpoint folder as transformers' model, in the checkpoint's dtype, and its vocabulary."""
+def load(folder: Path, device: str) -> tuple[ChameleonForConditionalGeneration, Vocab]:
+    """A checkpoint folder as transformers' model on a device, in the checkpoint's dtype, and its vocabulary."""
     logging.set_verbosity_error()
     values = weights.read_json(folder / "config.json")
     shape, vocab = weights.stored_config(folder), Tokenizer.from_file(folder / "tokenizer.json").vocab
@@ -39,7 +39,7 @@ def load(folder: Path) -> tuple[ChameleonForConditionalGeneration, Vocab]:
     model.model.vqmodel = None  # not asked here
     model.load_state_dict(tensors, strict=True, assign=True)
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
-    return model.eval(), vocab
+    return model.eval().to(device), vocab
 
 
 class Stream:
@@ -47,12 +47,12 @@ class Stream:
 
     def __init__(self, model: ChameleonForConditionalGeneration, tokens: list[int]):
         self.model, self.cache, self.fed = model, DynamicCache(), 0
-        self.tokens = list(tokens)
+        self.tokens, self.device = list(tokens), model.device
 
     def logits(self) -> torch.Tensor:
         """Feed what was not fed yet; return the last logits, fp32 [1, vocab]."""
-        new = torch.tensor([self.tokens[self.fed :]])
-        places = torch.arange(self.fed, len(self.tokens))[None]
+        new = torch.tensor([self.tokens[self.fed :]], device=self.device)
+        places = torch.arange(self.fed, len(self.tokens), device=self.device)[None]
         self.fed = len(self.tokens)
         hidden = self.model.model(input_ids=new, past_key_values=self.cache, use_cache=True, position_ids=places)[0]
         return self.model.lm_head(hidden[:, -1]).float()
@@ -68,7 +68,7 @@ def decode(model, vocab: Vocab, prompt: list[int], size: tuple[int, int], scale:
     start = [vocab.image_start, vocab.grid_token(height // 2), vocab.grid_token(width // 2)]
     cond, uncond = Stream(model, prompt + start), Stream(model, start)
     streams = [cond, uncond] if scale != 1 else [cond]
-    image_ids = torch.from_numpy(vocab.image_ids)
+    image_ids = torch.from_numpy(vocab.image_ids).to(model.device)
     times: list[float] = []
     for n in range(min(steps, height * (width + 1) + 1)):
         began = time.perf_counter()

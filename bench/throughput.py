@@ -9,7 +9,6 @@ for the steps that were run. The last line of stdout is one JSON object.
 """
 
 import json
-import resource
 import tempfile
 import time
 from dataclasses import asdict, replace
@@ -58,7 +57,7 @@ def measure(engine: Engine, watch: latency.Watch, floor: machine.Floor, n_in_fli
         "page_use": filled / (taken * engine.config.page_size),
         "page_use_reserved": filled / (reserved * engine.config.page_size),
         "floor_percent": 100 * least / seconds,
-        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_gib": machine.peak_gib(args.device),
     }
 
 
@@ -99,7 +98,7 @@ def main() -> None:
     parser.add_argument("--page-size", type=int, help="tokens (default: that of the device)")
     args = parser.parse_args()
 
-    env, floor = machine.environment(), machine.measure()
+    env, floor = machine.environment(args.device), machine.measure(args.device)
     print(machine.card(env, floor))
     with tempfile.TemporaryDirectory() as temporary:
         folder = latency.checkpoint(args, Path(temporary))

@@ -1,13 +1,29 @@
-"""The benchmarks run, and end with the JSON object that they promise."""
+"""The benchmarks run, and end with the JSON object that they promise. How they time a GPU is held with stand-ins."""
 
+import contextlib
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from lumina_rt.kernels import OPS
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lumina_rt import Engine, engine
 
 BENCH = Path(__file__).parent.parent / "bench"
+GPU = SimpleNamespace(name="NVIDIA H100", major=9, minor=0, total_memory=80 * 2**30)
+
+
+def module(name):
+    """Import a benchmark, which find each other in their folder."""
+    if str(BENCH) not in sys.path:
+        sys.path.append(str(BENCH))
+    return importlib.import_module(name)
 
 
 def run(script, *args):
@@ -104,3 +120,147 @@ def test_throughput_reports_each_number_in_flight(checkpoint, tmp_path):
         assert 0.5 < result["page_use_reserved"] < result["page_use"] < 1
         assert 0 < result["floor_percent"] < 100
     assert (tmp_path / "a.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("script", ["latency", "throughput", "ops"])
+def test_without_a_gpu_each_ends_with_the_line_of_the_engine(monkeypatch, script):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="no NVIDIA GPU") as told:
+        Engine.from_pretrained(device="cuda")
+    monkeypatch.setattr(sys, "argv", [script, "--device", "cuda"])
+    with pytest.raises(SystemExit) as ended:
+        module(script).main()
+    assert ended.value.code == str(told.value)
+
+
+def test_where_there_is_a_gpu_it_can_be_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    parser = module("latency").model_parser("")
+    assert parser.parse_args([]).device == "cpu"
+    assert parser.parse_args(["--device", "cuda"]).device == "cuda"
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+def test_the_floor_of_a_step_is_of_the_weights_as_either_backend_packs_them(
+    checkpoint, monkeypatch, backend, quantization
+):
+    """By hand: two layers of hidden 64 and intermediate 128 in fp32, a head of 64 codes, 4 heads of 16."""
+    if backend == "cuda":
+        pytest.importorskip("triton", reason="Triton is not installed; it is on Linux with the extra `test`")
+    monkeypatch.setattr(engine, "cpu", importlib.import_module(f"lumina_rt.kernels.{backend}"))
+    made = Engine.from_pretrained(checkpoint, device="cpu", quantization=quantization, num_pages=8)
+    shapes = 2 * [(192, 64), (64, 64), (256, 64), (64, 128)] + [(64, 64)]
+    n_bytes = n_weights = 0
+    for i, (outputs, inputs) in enumerate(shapes):
+        n_weights += outputs * inputs
+        if quantization and backend == "cuda":
+            inputs = 512  # zeros up to eight groups, which are read as well
+        bits = 32 if quantization is None else 4 if quantization == "int4" and i < 8 else 8
+        n_bytes += outputs * inputs * bits / 8 + (outputs * inputs // 64 * 2 if quantization else 0)
+    n_bytes += 3 * 100 * 2 * 2 * 64 * 4  # keys and values of two layers, three rows of 100 tokens
+
+    latency, machine = module("latency"), module("machine")
+
+    def seconds(*rates):
+        return latency.floor_of_step(made, machine.Floor(*rates), rows=3, n_cached=100, n_tokens=6)
+
+    assert 1e9 * seconds(1, 1e12, 1e12) == pytest.approx(n_bytes)
+    # With quantized weights a CPU multiplies whole numbers, a GPU in bf16.
+    rate = 5 if quantization and backend == "cpu" else 3 / 2
+    assert 1e9 * seconds(1e12, 5, 3) == pytest.approx(6 * n_weights / rate)
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """A GPU that notes what it is told. Its events are 9, 1, 2, 9, 1, 2, ... ms apart."""
+    log, machine = [], module("machine")
+
+    class Event:
+        n_read = 0
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("event")
+
+        def elapsed_time(self, end):
+            assert log[-1] == "synchronize"
+            Event.n_read += 1
+            return (9, 1, 2)[(Event.n_read - 1) % 3]
+
+    @contextlib.contextmanager
+    def recording(graph):
+        log.append("begin")
+        yield
+        log.append("end")
+
+    for name, value in {
+        "Event": Event, "CUDAGraph": lambda: SimpleNamespace(replay=lambda: log.append("replay")), "graph": recording,
+        "synchronize": lambda: log.append("synchronize"), "reset_peak_memory_stats": lambda: log.append("reset"),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(machine, "l2_flush", lambda: lambda: log.append("flush"))
+    return log
+
+
+def test_on_a_gpu_a_recorded_op_is_replayed_each_time_behind_a_flush_and_the_median_counts(stand_ins):
+    replay = module("machine").recorded(lambda: stand_ins.append("run"))
+    assert stand_ins == ["run", "begin", "run", "end"]
+    stand_ins.clear()
+    assert module("ops").seconds(replay, "cuda") == pytest.approx(0.002)
+    assert stand_ins == ["replay", *(["flush", "event", "replay", "event"] * 30), "synchronize"]
+
+
+def test_every_op_is_timed_on_a_gpu_beside_its_rates(monkeypatch, capsys, stand_ins):
+    """On fake CUDA tensors, which have a device, a shape and a dtype and no memory."""
+    pytest.importorskip("triton", reason="Triton is not installed; it is on Linux with the extra `test`")
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    def note(self, *args, grid, **_):
+        assert all(x.device.type == "cuda" and x.is_contiguous() for x in args if isinstance(x, torch.Tensor)), self
+        stand_ins.append(self.fn.__name__)
+
+    for kind in (InterpretedFunction, JITFunction):
+        monkeypatch.setattr(kind, "run", note)
+    # torch's own bindings of two operations need a real GPU, and so does what the reference does.
+    clone = torch.Tensor.clone
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda x: clone(x, memory_format=torch.contiguous_format))
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda self, other: torch.ops.aten.copy_(self, other))
+    slow = {name: lambda *_: stand_ins.append("slow") for name in OPS}
+    monkeypatch.setattr(module("ops"), "reference", SimpleNamespace(**slow))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: GPU)
+    monkeypatch.setattr(engine, "_flash_refusal", lambda *_: "a test wants ours")
+    monkeypatch.setattr(sys, "argv", ["ops", "--device", "cuda", "--rows", "2"])
+    with FakeTensorMode():
+        module("ops").main()
+
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["env"]["attention"] == "Triton; a test wants ours"
+    rates = {"read_gb_s": 2 * 2**30 / 1e6, "int8_gmac_s": 8192**3 / 1e6, "bf16_gflop_s": 2 * 8192**3 / 1e6}
+    assert report["floor"] == pytest.approx(rates)  # of the best run, which took 1 ms
+    assert len(report["results"]) == 6 + 5 * 3
+    for result in report["results"]:
+        assert result["us"] == pytest.approx(2000)
+        assert result["memory_percent"] == pytest.approx(100 * result["gb_s"] / rates["read_gb_s"])
+        assert result["floor_percent"] >= 0.999 * result["memory_percent"]
+    of = {result["case"]: result["gb_s"] * 2e6 for result in report["results"]}
+    assert of["o bf16"] == pytest.approx(2 * 4096**2 + 2 * 2 * 2 * 4096)
+    assert of["down int4"] == pytest.approx(4096 * 176 * (32 + 2) + 2 * 2 * (11008 + 4096))  # 172 groups, up to 176
+    for name in ("add_rms_norm", "qk_norm_rope", "silu_mul", "paged_attention", "linear", "guided_sample"):
+        assert f"_{name}_kernel" in stand_ins
+    assert stand_ins.count("begin") == stand_ins.count("end") == len(report["results"])
+    assert stand_ins.count("replay") == stand_ins.count("slow") == 31 * len(report["results"])
+
+
+def test_the_card_tells_which_gpu_it_was(monkeypatch):
+    machine, lines = module("machine"), module("machine")._lines
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: GPU)
+    version = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build"
+    monkeypatch.setattr(machine, "_lines", lambda path: [version] if "nvidia" in path else lines(path))
+    found = machine.environment("cuda")
+    assert {"gpu": "NVIDIA H100", "capability": "9.0", "gpu_gib": 80.0, "driver": "570.86.15"}.items() <= found.items()
+    assert "gpu" not in machine.environment("cpu")

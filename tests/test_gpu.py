@@ -1,11 +1,14 @@
 """What only a GPU can tell: bf16, whole images, that nothing waits inside a step, and that graphs change nothing."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
-from lumina_rt.kernels import reference
+from lumina_rt.kernels import OPS, reference
 from lumina_rt.kernels.quantization import dequantize, quantize
 from op_inputs import assert_close, assert_parity, attention_inputs, double, draw_inputs, int8_pages, randn
+from test_bench import module, run
 from torch.utils._pytree import tree_map
 
 from lumina_rt import Engine, SamplingParams, engine
@@ -140,3 +143,31 @@ def test_flash_attn_matches_the_reference_and_can_be_captured(checkpoint):
     assert_parity(flash_attention, "paged_attention", *args, dtype=BF16)
     options = SMALL | {"page_size": 256, "num_pages": 32, "dtype": "bfloat16", "attn_backend": "flash"}
     assert codes_of(Engine.from_pretrained(checkpoint, **options)).shape == (4, 4, 4)
+
+
+def test_a_replayed_copy_takes_the_time_of_its_bytes_at_the_rate_measured():
+    machine, ops = module("machine"), module("ops")
+    floor, source = machine.measure("cuda"), torch.ones(2**28, dtype=torch.uint8, device="cuda")
+    target = torch.zeros_like(source)
+    took = ops.seconds(machine.recorded(lambda: target.copy_(source)), "cuda")
+    assert torch.equal(target, source)
+    assert took == pytest.approx(2 * 2**28 / floor.read_gb_s / 1e9, rel=0.3)
+    assert min(floor.int8_gmac_s, floor.bf16_gflop_s / 2) > 1000  # any GPU that has bf16 multiplies as fast
+
+
+def test_every_op_is_timed_on_a_gpu():
+    results = json.loads(run("ops.py", "--device", "cuda", "--rows", 1, 16)[-1])["results"]
+    assert {r["op"] for r in results} == set(OPS)
+    # What only reads may pass a copy a little.
+    assert all(r["us"] > 0 and 0 < r["floor_percent"] < 120 and 0 < r["memory_percent"] < 120 for r in results)
+
+
+def test_latency_reports_an_image_of_the_embedded_model_and_the_baseline_on_a_gpu():
+    report = json.loads(run("latency.py", "--device", "cuda", "--iters", 1, "--baseline", "reference")[-1])
+    assert report["env"]["gpu"] == torch.cuda.get_device_name()
+    (result,) = report["results"]
+    assert 0 < result["prefill_s"] + result["decode_s"] + result["vq_s"] <= 1.01 * result["s_per_image"]
+    assert 0 < result["floor_percent"] < 100
+    assert 0 < result["peak_gib"] < report["env"]["gpu_gib"]
+    assert report["baseline"]["n_steps_timed"] == 10 * 11 + 1
+    assert report["speedup"] > 0
