@@ -37,7 +37,7 @@ class Floor:
 def checked_device(name: str) -> str:
     """The device of an option, "cpu" or "cuda". Where it cannot be had, the program ends with the Engine's words."""
     try:
-        return engine._device(name)
+        return engine.checked_device(name)
     except ValueError as error:
         raise SystemExit(str(error)) from None
 

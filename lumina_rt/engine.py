@@ -120,7 +120,7 @@ class Engine:
         Raises CheckpointError, a ValueError, with everything that is wrong with the files, and ValueError for
         arguments that name nothing known.
         """
-        device, torch_dtype = _device(device), _dtype(dtype)
+        device, torch_dtype = checked_device(device), _dtype(dtype)
         config = engine_config(options).on(device)
         folder = hub.find_model(model)
         target_sizes, defaults = target_sizes_of(folder), sampling_defaults_of(folder)
@@ -571,7 +571,8 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _device(device: str | None) -> str:
+def checked_device(device: str | None) -> str:
+    """The device "cpu" or "cuda", the default where it is None. Raises ValueError for another, and for what is not there."""
     device = device or default_device()
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device is {device!r}; expected 'cpu' or 'cuda'")
