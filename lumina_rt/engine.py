@@ -572,7 +572,7 @@ def default_device() -> str:
 
 
 def checked_device(device: str | None) -> str:
-    """The device "cpu" or "cuda", the default where it is None. Raises ValueError for another, and for what is not there."""
+    """The device "cpu" or "cuda"; None takes a GPU where there is one. Raises ValueError for what cannot be had."""
     device = device or default_device()
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device is {device!r}; expected 'cpu' or 'cuda'")
