@@ -37,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = TrainingConfig(**{field.name: getattr(args, field.name) for field in fields(TrainingConfig)})
         Trainer(args.model, args.data, args.output, config).run()
+        if dist.is_initialized():
+            dist.barrier()  # the first process still writes files; one that leaves before it may end it
     except (CheckpointError, ValueError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
