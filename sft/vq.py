@@ -171,6 +171,16 @@ def _optimizers(learned: list[Tensor], lr: float, steps: int) -> tuple[list, lis
     return optimizers, schedules
 
 
+def _step(loss: Tensor, learned: list[Tensor], parts: tuple) -> None:
+    """Step optimizers and their schedules, `parts`, down the clipped gradient of a loss."""
+    for p in learned:
+        p.grad = None
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(learned, 1.0)
+    for part in parts:
+        part.step()
+
+
 def train(folder: Path, steps: int, batch_size: int, lr: float, warmup: int, seed: int) -> VQGAN:
     """Train for `steps` steps, the first `warmup` of them without a codebook, and write into `folder`.
 
@@ -220,11 +230,7 @@ def train(folder: Path, steps: int, batch_size: int, lr: float, warmup: int, see
             drawn = vqgan.decode_latents(quantized)
         loss = loss + _loss(drawn, pixels)
         error = (drawn.detach().float() - pixels).square().mean()
-        vqgan.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(learned, 1.0)
-        for part in (*optimizers, *schedules):
-            part.step()
+        _step(loss, learned, (*optimizers, *schedules))
         average = error.item() if average is None else 0.98 * average + 0.02 * error.item()
         if step % 50 == 0:
             bar.set_postfix(psnr=f"{10 * math.log10(4 / average):.2f}", used=int((codebook.counts > DEAD).sum()))
@@ -288,11 +294,7 @@ def refine(vqgan: VQGAN, steps: int, batch_size: int, lr: float, seed: int = 0) 
             quantized = vqgan.quantize.lookup(vqgan.encode(pixels))
         with autocast("cpu", dtype):
             drawn = vqgan.decode_latents(quantized)
-        vqgan.zero_grad()
-        _loss(drawn, pixels).backward()
-        torch.nn.utils.clip_grad_norm_(learned, 1.0)
-        for part in (*optimizers, *schedules):
-            part.step()
+        _step(_loss(drawn, pixels), learned, (*optimizers, *schedules))
     vqgan.eval()
 
 

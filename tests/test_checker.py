@@ -106,13 +106,14 @@ def test_what_is_no_outline_of_the_world_is_a_blob():
     assert names(Image.fromarray(pixels)) == ["blue blob"]
 
 
-def test_things_are_told_apart_when_their_corners_are_blurred_away():
-    """A small star blurred by 1.2 pixels has few points left that are of its colour alone."""
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_stars_are_read_when_their_points_are_blurred_away(size):
+    """Blurred by 1.2 pixels a star has few points left that are of its colour alone."""
     for color in COLORS:
-        for shape in SHAPES:
-            scene = Scene((Thing(shape, color, "small", 0.52, 0.47),), ("gray",))
+        for background in BACKGROUNDS:
+            scene = Scene((Thing("star", color, size, 0.52, 0.47),), (background,))
             soft = world.picture(scene, 80, 80).filter(ImageFilter.GaussianBlur(1.2))
-            assert names(soft) == [f"{color} {shape}"]
+            assert names(soft) == [f"{color} star"], background
 
 
 def test_noise_alone_shows_nothing():

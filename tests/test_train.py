@@ -126,7 +126,9 @@ def test_a_run_with_muon_that_was_killed_ends_with_the_same_bits(trainer, tmp_pa
 
 def test_a_compiled_run_is_the_same_but_for_rounding(trainer, tmp_path):
     for name in ("plain", "compiled"):
-        trainer(name, steps=3, compile=name == "compiled", **PLAIN).run()
+        run = trainer(name, steps=3, compile=name == "compiled", **PLAIN)
+        assert all((layer._compiled_call_impl is None) == (name == "plain") for layer in run.model.model.layers)
+        run.run()
     plain, compiled = (losses(tmp_path / name) for name in ("plain", "compiled"))
     for line, other in zip(plain, compiled, strict=True):
         assert other["loss"] == pytest.approx(line["loss"], rel=1e-5)
