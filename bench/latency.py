@@ -80,9 +80,10 @@ class Watch:
     def _count(self, plan, drawn):
         draws_codes = [work.sample.layout is not None and bool(work.indices) for work in plan]
         held = self._commit(plan, drawn)
-        self.n_steps += 1
-        self.n_tokens += sum(work.n_cond + work.n_uncond for work in plan)
-        self.n_image_steps += sum(draws_codes)
+        n_steps = plan[0].n_steps
+        self.n_steps += n_steps
+        self.n_tokens += sum(work.n_cond + work.n_uncond + (n_steps - 1) * len(work.rows()) for work in plan)
+        self.n_image_steps += n_steps * sum(draws_codes)
         self.n_held += sum(len(tokens) for tokens, of_image in zip(held, draws_codes, strict=True) if of_image)
         self.pages.append(self._pages())
         return held

@@ -29,14 +29,15 @@ from lumina_rt.checkpoint import CheckpointError
 from lumina_rt.graph import Graphs
 from lumina_rt.kernels import cpu
 from lumina_rt.kv_cache import KVCache, Lease, bytes_a_token
-from lumina_rt.model import Model
+from lumina_rt.model import Model, upload
+from lumina_rt.multi_step import MAX_STEPS, MultiStep
 from lumina_rt.outputs import Answer, Event, ImageRow, RequestOutput, TextDelta, Timings
 from lumina_rt.params import EngineConfig, SamplingParams, checked_int
 from lumina_rt.previews import Previews
 from lumina_rt.prompts import IMAGE_MARK, Message
 from lumina_rt.request import Draw, Grammar, Request, Sample, answer_length
-from lumina_rt.sampler import Pick, Sampler
-from lumina_rt.scheduler import Scheduler, Work, build_step
+from lumina_rt.sampler import Pick, Sampler, read
+from lumina_rt.scheduler import Scheduler, Work, build_step, look_ahead
 from lumina_rt.stream import Stream, raised
 from lumina_rt.tokenizer import Tokenizer
 from lumina_rt.vqgan import VQGAN, to_uint8
@@ -82,11 +83,11 @@ class Engine:
         # Padding of a graph writes to a page of its own.
         n_pages = num_pages + is_graphed
         self.cache = KVCache(shape.n_layers, n_pages, page_size, shape.kv_heads, shape.head_dim, dtype, device)
-        self.graphs = None
-        if is_graphed:
-            self.graphs = Graphs(model, self.cache, self.config.max_num_seqs, self._blocks_of_the_longest_row())
         self.scheduler = Scheduler(self.config, self.cache, num_pages)
         self.sampler = Sampler(model, tokenizer.vocab)
+        self.graphs, self.multi_step = None, None
+        if is_graphed:
+            self._record_graphs()
         self.previews = Previews(self.decode_codes, factor)
         self._stepping = threading.Lock()  # held by the thread that steps; guards the scheduler and the cache
         self._requests: dict[int, Request] = {}
@@ -323,12 +324,7 @@ class Engine:
         try:
             plan = self.scheduler.schedule(time.perf_counter())
             if plan:
-                begun = time.perf_counter()
-                step = build_step(plan, self.config.page_size, self.model.embed.device)
-                hidden = self.graphs.forward(step) if self.graphs else self.model.forward(step, self.cache)
-                drawn = self.sampler.draw(_picks(plan), hidden)
-                if drawn:  # a GPU may still be at work on a chunk of a prompt, of which nothing is drawn
-                    self.scheduler.pace.observe(len(hidden), time.perf_counter() - begun)
+                drawn = self._run(plan)
                 for work, tokens in zip(plan, self.scheduler.commit(plan, drawn), strict=True):
                     for token in tokens:
                         self._advance(work.request, work.sample, token)
@@ -345,6 +341,34 @@ class Engine:
             return True
         self._apply()
         return bool(plan)
+
+    def _run(self, plan: list[Work]) -> list[int]:
+        """Feed and draw what a plan says; returns as `Scheduler.commit` takes."""
+        begun, n_steps, page_size = time.perf_counter(), plan[0].n_steps, self.config.page_size
+        step, picks = build_step(plan, page_size, self.model.embed.device), _picks(plan)
+        hidden = self.graphs.forward(step) if self.graphs else self.model.forward(step, self.cache)
+        if n_steps == 1:
+            drawn, n_tokens = self.sampler.draw(picks, hidden), len(hidden)
+        else:
+            drawn, n_tokens = self._run_on(plan, picks, hidden), len(step.seq_lens)
+        if drawn:  # a GPU may still be at work on a chunk of a prompt, of which nothing is drawn
+            self.scheduler.pace.observe(n_tokens, (time.perf_counter() - begun) / n_steps)
+        return drawn
+
+    def _run_on(self, plan: list[Work], picks: list[Pick], hidden: torch.Tensor) -> list[int]:
+        """Draw what the first of several steps has to draw, run the others, and read all of it at once."""
+        picks = [pick for pick, work in zip(picks, plan, strict=True) for _ in work.rows()]
+        first, ahead = self.sampler.draw_codes(picks, hidden), look_ahead(plan, self.config.page_size)
+        further = self.multi_step.run(first, ahead, *self.sampler.controls_and_keys(picks))
+        conditional = upload(np.unique(ahead.leaders), torch.int64, hidden.device)
+        return read(torch.cat((first.unsqueeze(0), further)).index_select(1, conditional).T.flatten())
+
+    def _record_graphs(self) -> None:
+        max_rows, max_blocks = self.config.max_num_seqs, self._blocks_of_the_longest_row()
+        self.graphs = Graphs(self.model, self.cache, max_rows, max_blocks)
+        codes = self.sampler.image_tokens
+        self.multi_step = MultiStep(self.model, self.cache, codes, max_rows, max_blocks)
+        self.scheduler.max_steps = MAX_STEPS
 
     def _apply(self) -> None:
         """Let requests in and out that came or went since the last step."""

@@ -65,7 +65,7 @@ class Graphs:
         names = names[::-1]  # the largest first: the others then fit into its memory
         runs = [partial(model.forward, self._view(*bucket), cache) for bucket in names]
         bar = tqdm(runs, desc="graphs", unit="graph", disable=None, leave=False)
-        self.recorded = dict(zip(names, _record(bar), strict=True))
+        self.recorded = dict(zip(names, record(bar), strict=True))
 
     def forward(self, step: Step) -> Tensor:
         """As Model.forward; the result holds until the next call."""
@@ -96,7 +96,7 @@ class Graphs:
                 part.narrow(0, size, part.shape[0] - size).fill_(padding[name])
 
 
-def _record(runs: Iterable[Callable[[], Tensor]]) -> Iterator[tuple[Callable[[], None], Tensor]]:
+def record(runs: Iterable[Callable[[], Tensor]]) -> Iterator[tuple[Callable[[], None], Tensor]]:
     """Record a graph of each. Gives what replays it, and the tensor that every replay writes."""
     pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
     for run in runs:

@@ -78,7 +78,8 @@ class EngineConfig:
         what is fastest by the steps so far, "off" is one.
     attn_backend: on a GPU "flash" is flash-attn, "triton" our own attention; "auto" takes flash-attn where it is
         installed and its rules hold. `lumina-rt info` tells which and why.
-    enforce_eager: launch every op of a step on a GPU, in place of a CUDA graph recorded at start-up.
+    enforce_eager: launch every op of a step on a GPU, in place of a CUDA graph recorded at start-up; a step is then
+        never run on to the end of a row of latents.
 
     Raises ValueError that names the value and what was expected.
     """

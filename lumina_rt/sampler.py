@@ -57,18 +57,21 @@ class Sampler:
         groups = [(codes, self._code_logits), (text, self._text_logits)]
         groups += [([pick], self._size_logits) for pick in picks if pick.sample.next_draw in (Draw.HEIGHT, Draw.WIDTH)]
         groups = [(group, head) for group, head in groups if group]
-        # All draws are launched before one of them is read: the only time in a step that the host waits for a GPU.
-        tokens = torch.cat([self._draw_group(group, head, hidden) for group, head in groups]).tolist()
-        if min(tokens) < 0:
-            raise FloatingPointError("the model's logits are not finite; expected numbers (are the weights sound?)")
+        # All draws are launched before one of them is read.
+        tokens = read(torch.cat([self._draw_group(group, head, hidden) for group, head in groups]))
         drawn = dict(zip((id(pick) for group, _ in groups for pick in group), tokens, strict=True))
         return [drawn[id(pick)] for pick in picks]
+
+    @torch.inference_mode()
+    def draw_codes(self, picks: Sequence[Pick], hidden: Tensor) -> Tensor:
+        """As `draw` for codes of images alone, which stay on the device: int64 [picks], unread and unchecked."""
+        return self._draw_group(picks, self._code_logits, hidden)
 
     def _draw_group(self, group: list[Pick], head, hidden: Tensor) -> Tensor:
         lines = sorted({line for pick in group for line in (pick.cond, pick.uncond)})
         at = {line: i for i, line in enumerate(lines)}
         logits, token_ids = head(hidden.index_select(0, upload(lines, torch.int64, self.device)), group)
-        controls, keys = self._controls_and_keys(group)
+        controls, keys = self.controls_and_keys(group)
         cond, uncond = self._columns([(at[pick.cond], at[pick.uncond]) for pick in group], torch.int64)
         return self.model.ops.guided_sample(logits, cond, uncond, token_ids, controls, keys)
 
@@ -89,7 +92,8 @@ class Sampler:
             starts.index_fill_(0, upload(barred, torch.int64, self.device), float("-inf"))
         return logits, self.all_tokens
 
-    def _controls_and_keys(self, group: list[Pick]) -> tuple[Controls, NoiseKeys]:
+    def controls_and_keys(self, group: Sequence[Pick]) -> tuple[Controls, NoiseKeys]:
+        """What draws of one kind are made by, on the device."""
         prefix = "text_" if group[0].sample.next_draw is Draw.TEXT else ""
         floats, whole = [], []
         for pick in group:
@@ -107,3 +111,14 @@ class Sampler:
     def _columns(self, rows: list[tuple], dtype: torch.dtype) -> tuple[Tensor, ...]:
         """A tensor for each column, made by one copy to the device."""
         return upload(list(zip(*rows, strict=True)), dtype, self.device).unbind()
+
+
+def read(tokens: Tensor) -> list[int]:
+    """The numbers of drawn tokens: the only time in a step that the host waits for a GPU.
+
+    Raises FloatingPointError when the logits of one of them were not finite.
+    """
+    found = tokens.tolist()
+    if min(found) < 0:
+        raise FloatingPointError("the model's logits are not finite; expected numbers (are the weights sound?)")
+    return found

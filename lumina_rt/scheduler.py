@@ -9,10 +9,12 @@ from collections import deque
 from dataclasses import dataclass
 from itertools import islice
 
+import numpy as np
 import torch
 
 from lumina_rt.kv_cache import KVCache, PagePool, PrefixStore, Row
 from lumina_rt.model import Step, upload
+from lumina_rt.multi_step import Ahead
 from lumina_rt.params import EngineConfig
 from lumina_rt.request import Request, Sample
 from lumina_rt.speculative import Pace, accepted
@@ -24,6 +26,8 @@ class Work:
 
     n_cond, n_uncond: tokens of each row, the draft among them.  indices: of the sample's tokens that the step can draw,
     none unless everything known is fed.  draft: guesses of what stands between the first and the last of them.
+    n_steps: steps run in one go, the same of all works of a plan; each but the first feeds what the one before has
+    drawn, one token a row.
     """
 
     request: Request
@@ -32,6 +36,7 @@ class Work:
     n_uncond: int
     indices: list[int]
     draft: list[int]
+    n_steps: int = 1
 
     def rows(self) -> list[tuple[Row, int]]:
         rows = [(self.sample.cond, self.n_cond), (self.sample.uncond, self.n_uncond)]
@@ -39,6 +44,10 @@ class Work:
 
 
 class Scheduler:
+    """max_steps: the most steps that are run in one go; 1 where the host looks at every token."""
+
+    max_steps = 1
+
     def __init__(self, config: EngineConfig, cache: KVCache, num_pages: int):
         self.config, self.cache = config, cache
         self.pool = PagePool(num_pages)
@@ -78,10 +87,22 @@ class Scheduler:
             if work is None:
                 continue
             budget -= work.n_cond + work.n_uncond
-            for row, n in work.rows():
-                row.make_room(n, request.lease, self.cache, self.config.page_size)
             plan.append(work)
+        n_steps = self._n_steps(plan) if n_draws == 1 and len(plan) == len(runnable) else 1
+        for work in plan:
+            work.n_steps = n_steps
+            for row, n in work.rows():
+                row.make_room(n + n_steps - 1, work.request.lease, self.cache, self.config.page_size)
         return plan
+
+    def _n_steps(self, plan: list[Work]) -> int:
+        """How many steps draw nothing but codes: up to the nearest end of a row of latents."""
+        if not all(work.indices and work.sample.layout for work in plan):
+            return 1
+        if any(len(work.request.samples) > 1 and not work.request.has_forked for work in plan):
+            return 1  # the other samples begin after one step, not after a row
+        left = (work.sample.layout.codes_left(len(work.sample.tokens) - work.sample.image_start) for work in plan)
+        return min([self.max_steps, *left])
 
     def _runnable(self, request: Request) -> list[Sample]:
         samples = request.samples if request.has_forked else request.samples[:1]
@@ -102,27 +123,27 @@ class Scheduler:
     def commit(self, plan: list[Work], drawn: list[int]) -> list[list[int]]:
         """Count what the step has cached, and let the other samples of a prefilled request begin.
 
-        drawn: a token for each index of each work, in order.  Returns for each work the tokens that hold, which are
-        those whose past was guessed right.
+        drawn: a token for each index of each work, in order, and for each further step.  Returns for each work the
+        tokens that hold, which are those whose past was guessed right.
         """
-        for request in {id(work.request): work.request for work in plan}.values():
-            request.n_steps += 1
+        for request, n_steps in {id(work.request): (work.request, work.n_steps) for work in plan}.values():
+            request.n_steps += n_steps
         tokens, held = iter(drawn), []
         for work in plan:
-            held.append(self._keep(work, list(islice(tokens, len(work.indices)))))
+            held.append(self._keep(work, list(islice(tokens, len(work.indices) + work.n_steps - 1))))
             if held[-1] and not work.request.has_forked:
                 self._fork(work.request)
         return held
 
     def _keep(self, work: Work, drawn: list[int]) -> list[int]:
-        n_held, n_wrong = 0, 0
-        if drawn:
+        n_held, n_wrong = len(drawn), 0
+        if work.draft:
             n_held = accepted(work.draft, work.indices, drawn)
             n_wrong = work.indices[-1] - work.indices[n_held - 1]  # tokens fed behind the last draw that holds
             work.sample.note(work.indices[n_held:], drawn[n_held:])
             self.pace.learn(len(drawn), n_held)
         for row, n_fed in work.rows():
-            row.n_cached += n_fed - n_wrong
+            row.n_cached += n_fed + work.n_steps - 1 - n_wrong
         return drawn[:n_held]
 
     def _fork(self, request: Request) -> None:
@@ -212,9 +233,31 @@ def build_step(plan: list[Work], page_size: int, device: torch.device) -> Step:
             lengths.append(lengths[-1] + n)
             seq_lens.append(row.n_cached + n)
             tables.append(row.pages)
-    n_blocks = max(len(table) for table in tables)
-    tables = [table + [0] * (n_blocks - len(table)) for table in tables]
     return Step(
         *upload([tokens, positions, slots], torch.int64, device).unbind(),
-        *(upload(values, torch.int32, device) for values in (tables, lengths, seq_lens)),
+        *(upload(values, torch.int32, device) for values in (_padded(tables), lengths, seq_lens)),
     )
+
+
+def look_ahead(plan: list[Work], page_size: int) -> Ahead:
+    """Lay out the steps of a plan that follow its first, one token a row."""
+    steps = np.arange(plan[0].n_steps - 1)
+    positions, slots, places, tables, leaders, partners = [], [], [], [], [], []
+    for work in plan:
+        pair = work.rows()
+        leader = len(tables)
+        for row, n in pair:
+            fed = row.n_cached + n + steps
+            positions.append(fed)
+            slots.append(np.array(row.pages)[fed // page_size] * page_size + fed % page_size)
+            places.append(work.indices[0] + 1 + steps)
+            tables.append(row.pages)
+            leaders.append(leader)
+            partners.append(leader + len(pair) - 1)
+    columns = (np.stack(column, axis=1) for column in (positions, slots, places))
+    return Ahead(*columns, np.array(_padded(tables)), np.array(leaders), np.array(partners))
+
+
+def _padded(tables: list[list[int]]) -> list[list[int]]:
+    n_blocks = max(len(table) for table in tables)
+    return [table + [0] * (n_blocks - len(table)) for table in tables]

@@ -86,6 +86,10 @@ class Layout:
         """Rows of latents that are complete, line end included, after the first `n_tokens` of the image."""
         return min(max(n_tokens - len(_HEAD), 0) // (self.columns + 1), self.rows)
 
+    def codes_left(self, n_tokens: int) -> int:
+        """Codes that the row of latents still lacks after the first `n_tokens` of the image, its size among them."""
+        return self.columns - self._column(n_tokens)
+
     def _column(self, i: int) -> int:
         return (i - len(_HEAD)) % (self.columns + 1)
 

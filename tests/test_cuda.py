@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from lumina_rt import Engine, EngineConfig, ImageRow, dummy, engine, graph, prompts, weights
 from lumina_rt.model import Model
+from lumina_rt.multi_step import MultiStep
 from lumina_rt.sampler import Sampler
 from lumina_rt.tokenizer import Tokenizer
 from lumina_rt.vqgan import VQGAN
@@ -150,8 +151,8 @@ def fake(monkeypatch, tmp_path, files):
             hidden = run()
             yield partial(make.replayed.append, hidden.shape[0]), hidden
 
-    def contiguous(self):
-        return self.clone(memory_format=torch.contiguous_format)
+    def contiguous(self, memory_format=torch.contiguous_format):
+        return self.clone(memory_format=memory_format)
 
     def tensor(values, dtype, pin_memory):
         assert pin_memory, "a copy from memory that is not pinned makes the host wait"
@@ -167,9 +168,11 @@ def fake(monkeypatch, tmp_path, files):
     monkeypatch.setattr(quantization, "ROWS_AT_ONCE", 1 << 20)  # fewer operations; they have no memory to spare
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * 2**30, 80 * 2**30))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(graph, "_record", record)
+    monkeypatch.setattr(graph, "record", record)
     monkeypatch.setattr(Model, "forward", guarded(Model.forward))
     monkeypatch.setattr(Sampler, "_draw_group", guarded(Sampler._draw_group, brings=True))
+    monkeypatch.setattr(MultiStep, "run", guarded(MultiStep.run, brings=True))
+    monkeypatch.setattr(MultiStep, "_step", guarded(MultiStep._step))
 
     def make(kind, quantization, ops=cuda, **options):
         values = dummy.TINY_MODEL | MODELS[kind] | {"torch_dtype": "bfloat16", "vocab_size": 65536}
@@ -224,6 +227,40 @@ def test_a_step_of_an_image_is_one_graph_and_the_draw(fake):
     assert len(fake.launches) == recorded + 2 * len(fake.reads)
     assert len(fake.replayed) == len(fake.reads)
     assert set(fake.replayed[1:]) == {8}  # three draws of two rows, a line end among them at times
+
+
+@pytest.mark.parametrize("quantization", [None, "int4"])
+@pytest.mark.parametrize("kind", ["7B", "34B"])
+def test_without_speculation_a_row_of_an_image_is_one_read_and_the_draws_stay_on_the_device(fake, kind, quantization):
+    made = fake(kind, quantization, enforce_eager=False, speculation="off", max_num_seqs=4)
+    n_recorded = len(fake.launches)
+    assert fake.launches.count("_guided_sample_kernel") == 2  # in the graphs of 2 and of 4 rows
+    draw_a_row(made)
+    assert fake.reads == [32]
+    assert fake.replayed == [16] + 31 * [2]
+    # Head and draw of the step that fed the prompt; those of the others are in their graph.
+    assert fake.launches[n_recorded:] == ["_linear_kernel"] * bool(quantization) + ["_guided_sample_kernel"]
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations of PyTorch that are kernels on a GPU: those that are no views and do not just allocate."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += func.namespace == "aten" and not (func.is_view or "empty" in func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("kind", "a_layer"), [("7B", 10), ("34B", 12)])  # with norms behind them, sums are apart
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_a_step_that_feeds_the_next_takes_few_launches(fake, kind, a_layer, quantization):
+    made = fake(kind, quantization, enforce_eager=False, speculation="off", max_num_seqs=2)
+    fake.launches.clear()
+    with torch.inference_mode(), Launches() as of_torch:
+        made.multi_step._step(2)
+    assert of_torch.n >= 5 + (0 if quantization else 4 * made.model.config.n_layers)
+    assert len(fake.launches) + of_torch.n <= a_layer * made.model.config.n_layers + 8, fake.launches
 
 
 def test_the_pool_takes_what_is_left_of_the_memory_but_no_more_than_all_rows_need(fake):

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 from lumina_rt import Engine, SamplingParams, engine
 from lumina_rt.kv_cache import KVCache
 from lumina_rt.model import Model
+from lumina_rt.multi_step import MultiStep
 from lumina_rt.sampler import Sampler
 
 pytest.importorskip("triton", reason="Triton is not installed; it is on Linux with the extra `test`")
@@ -103,14 +104,18 @@ def without_waiting(function):
     return run
 
 
+@pytest.mark.parametrize("speculation", ["off", 3])
 @pytest.mark.parametrize("enforce_eager", [True, False])
-def test_nothing_waits_for_the_gpu_inside_a_step(checkpoint, monkeypatch, enforce_eager):
+def test_nothing_waits_for_the_gpu_inside_a_step(checkpoint, monkeypatch, enforce_eager, speculation):
     with pytest.raises(RuntimeError):  # so that a wait would be found
         without_waiting(torch.Tensor.item)(torch.ones(1, device="cuda"))
     monkeypatch.setattr(engine, "build_step", without_waiting(engine.build_step))
-    for owner, name in ((Model, "forward"), (Sampler, "_draw_group"), (KVCache, "copy_page")):
+    for owner, name in (
+        (Model, "forward"), (Sampler, "_draw_group"), (KVCache, "copy_page"), (MultiStep, "run"),
+    ):  # fmt: skip
         monkeypatch.setattr(owner, name, without_waiting(getattr(owner, name)))
-    made = Engine.from_pretrained(checkpoint, **SMALL, quantization="int8", enforce_eager=enforce_eager)
+    options = SMALL | {"speculation": speculation, "quantization": "int8", "enforce_eager": enforce_eager}
+    made = Engine.from_pretrained(checkpoint, **options)
     assert codes_of(made).shape == (4, 4, 4)
     assert made.generate(["a dog"], SamplingParams(num_images=0, max_tokens=5, seed=1), progress=False)
     assert made.generate(["a dog"], SamplingParams(num_images=1, seed=1), progress=False)  # a size of its own

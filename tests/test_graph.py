@@ -6,7 +6,7 @@ import torch
 from lumina_rt.kernels import reference
 from op_inputs import randn
 
-from lumina_rt import Engine, graph, weights
+from lumina_rt import Engine, engine, graph, sampler, weights
 from lumina_rt.graph import MAX_TOKENS, Graphs, bucket_of, buckets
 from lumina_rt.kv_cache import KVCache
 from lumina_rt.model import Step
@@ -51,7 +51,7 @@ def recorded(monkeypatch):
 
             yield replay, hidden
 
-    monkeypatch.setattr(graph, "_record", record)
+    monkeypatch.setattr(graph, "record", record)
     return replayed
 
 
@@ -127,17 +127,100 @@ def test_a_step_larger_than_all_buckets_runs_as_it_is(model, recorded):
     assert not recorded
 
 
-def test_images_are_those_of_an_engine_without_graphs(checkpoint, plain_ops, recorded):
-    """Rows that come and go, prompts of other lengths, windows of guesses, and a page shared and copied."""
-    options = {"page_size": PAGE, "num_pages": 64, "max_model_len": 256, "speculation": 2, "device": "cpu"}
+def engines(checkpoint, **options):
+    """An Engine, and one that runs by stand-ins for graphs."""
+    options = {"page_size": PAGE, "num_pages": 64, "max_model_len": 256, "device": "cpu"} | options
     plain, graphed = (Engine.from_pretrained(checkpoint, **options) for _ in range(2))
-    shape, config = graphed.model.config, graphed.config
+    shape = graphed.model.config
     graphed.cache = graphed.scheduler.cache = KVCache(
         shape.n_layers, 65, PAGE, shape.kv_heads, shape.head_dim, torch.float32, "cpu"
     )
-    graphed.graphs = Graphs(graphed.model, graphed.cache, config.max_num_seqs, 256 // PAGE)
-    texts, size = ["a", "a dog in a waterfall"], {"width": 64, "height": 64, "num_images_per_prompt": 2, "seed": 3}
-    expected, found = (made.generate_image(texts, **size, progress=False) for made in (plain, graphed))
+    graphed._record_graphs()
+    return plain, graphed
+
+
+def same_codes(found, expected):
+    pairs = zip(found, expected, strict=True)
+    return all(np.array_equal(a.codes, b.codes) for f, e in pairs for a, b in zip(f.answers, e.answers, strict=True))
+
+
+TEXTS, SIZE = ["a", "a dog in a waterfall"], {"width": 64, "height": 64, "num_images_per_prompt": 2, "seed": 3}
+
+
+@pytest.mark.parametrize("speculation", [2, "off", "auto"])
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_images_are_those_of_an_engine_without_graphs(checkpoint, plain_ops, recorded, speculation, guidance_scale):
+    """Rows that come and go, prompts of other lengths, windows of guesses, and a page shared and copied."""
+    plain, graphed = engines(checkpoint, speculation=speculation)
+    controls = SIZE | {"guidance_scale": guidance_scale, "temperature": 2.0}
+    expected, found = (made.generate_image(TEXTS, **controls, progress=False) for made in (plain, graphed))
     assert len(recorded) > 8
-    for ours, theirs in zip(found, expected, strict=True):
-        assert all(map(np.array_equal, [a.codes for a in ours.answers], [a.codes for a in theirs.answers]))
+    assert same_codes(found, expected)
+
+
+def test_a_row_of_latents_is_read_once(checkpoint, plain_ops, recorded, monkeypatch):
+    plain, graphed = engines(checkpoint, speculation="off")
+    expected, reads = plain.generate_image(TEXTS, **SIZE, progress=False), []
+    for module in (engine, sampler):
+        monkeypatch.setattr(module, "read", lambda tokens: reads.append(len(tokens)) or tokens.tolist())
+    found = graphed.generate_image(TEXTS, **SIZE, progress=False)
+    assert same_codes(found, expected)
+    assert [output.timings.n_steps for output in found] == [output.timings.n_steps for output in expected]
+    # The first image of a prompt is a step ahead of the other, so that a row ends twice.
+    assert sum(reads) == 4 * 16
+    assert len(reads) == 2 * 4 + 1
+    reads.clear()
+    recorded.clear()
+    graphed.generate_image("a", 64, 64, progress=False)
+    assert reads == [4] * 4
+    # Behind the first of a row, which feeds the end of the last one as well, a token for each of both rows.
+    assert recorded[1:] == 3 * [(2,)] + 3 * ([(4, 64)] + 3 * [(2,)])
+
+
+def test_whoever_waits_for_room_in_a_step_waits_for_one_step(checkpoint, plain_ops, recorded):
+    _, graphed = engines(checkpoint, speculation="off", max_num_batched_tokens=16)
+    schedule, several, waiting = graphed.scheduler.schedule, [], 0
+
+    def spy(now):
+        nonlocal waiting
+        plan = schedule(now)
+        several.append(plan[0].n_steps > 1)
+        n_running = sum(not s.finish_reason for r in graphed.scheduler.running for s in r.samples)
+        waiting += len(plan) < n_running
+        assert len(plan) == n_running or not several[-1]
+        return plan
+
+    graphed.scheduler.schedule = spy
+    graphed.generate(
+        ["a dog"] * 8 + ["a dog in a waterfall"], graphed.params(num_images=1, size=(64, 64)), progress=False
+    )
+    assert waiting
+    assert any(several)
+
+
+def test_images_of_other_widths_and_without_guidance_share_the_steps(checkpoint, plain_ops, recorded):
+    """Rows of latents end at other steps; and draws of padding do not read what larger steps have left behind."""
+    plain, graphed = engines(checkpoint, speculation="off")
+    outputs = []
+    for made in (plain, graphed):
+        shapes = [((64, 64), 1.0), ((128, 32), 3.0), ((32, 128), 2.0)]
+        params = [made.params(num_images=1, size=size, guidance_scale=g, seed=5) for size, g in shapes]
+        outputs.append(made.generate(["a", "b c", "d"], params, progress=False))
+        outputs[-1] += made.generate(["e"], params[0], progress=False)
+    assert same_codes(*outputs)
+
+
+def test_logits_that_are_not_finite_are_told_after_the_row(checkpoint, plain_ops, recorded):
+    _, graphed = engines(checkpoint, speculation="off")
+    graphed.model.image_head[3] = float("nan")
+    with pytest.raises(FloatingPointError, match="not finite"):
+        graphed.generate_image("a", 64, 64, seed=1, progress=False)
+    assert graphed.scheduler.pool.n_free == graphed.scheduler.pool.num_pages
+
+
+def test_an_image_that_is_aborted_ends_after_its_row(checkpoint, plain_ops, recorded):
+    _, graphed = engines(checkpoint, speculation="off")
+    with graphed.stream("a", graphed.params(num_images=1, size=(64, 64), seed=1)) as events:
+        next(events)
+    assert graphed.scheduler.pool.n_free == graphed.scheduler.pool.num_pages
+    assert graphed.generate_image("a", 64, 64, seed=1, progress=False).images
