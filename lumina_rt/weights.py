@@ -55,10 +55,13 @@ class Checkpoint:
             names = self._open(path)
             self.problems += [f"{name} is not in {path.name}, where the index says it is" for name in promised - names]
 
-    def read(self, names: list[str], dtype: torch.dtype) -> Tensor:
-        """Copy tensors of equal width into one, above each other; never more than one is held twice."""
+    def read(self, names: list[str], dtype: torch.dtype, pinned: bool = False) -> Tensor:
+        """Copy tensors of equal width into one, above each other; never more than one is held twice.
+
+        pinned: into memory that a GPU reads from while the host goes on.
+        """
         rows = [self.tensors[name].shape[0] for name in names]
-        stacked = torch.empty((sum(rows), *self.tensors[names[0]].shape[1:]), dtype=dtype)
+        stacked = torch.empty((sum(rows), *self.tensors[names[0]].shape[1:]), dtype=dtype, pin_memory=pinned)
         for name, part in zip(names, stacked.split(rows), strict=True):
             with safe_open(self.tensors[name].path, framework="pt") as file:
                 part.copy_(file.get_tensor(name))
@@ -301,14 +304,15 @@ def load(
         problem = f"the tokenizer has an image token {int(image_ids[-1])}, the model {config.vocab_size} tokens"
         raise CheckpointError(folder, [problem])
 
-    def read(*names: str) -> Tensor:
-        return checkpoint.read(list(names), dtype).to(device)
+    def read(*names: str, dtype: torch.dtype = dtype) -> Tensor:
+        # A GPU copies from pinned memory while the next tensors are read; torch keeps the memory until it has.
+        pinned = torch.device(device).type == "cuda"
+        return checkpoint.read(list(names), dtype, pinned).to(device, non_blocking=True)
 
     def matrix(*names: str) -> Tensor | QuantizedWeight:
         if stored:
             values, scales = zip(*map(quantized_names, names), strict=True)
-            parts = checkpoint.read(list(values), torch.uint8), checkpoint.read(list(scales), torch.bfloat16)
-            return QuantizedWeight(*(part.to(device) for part in parts))
+            return QuantizedWeight(read(*values, dtype=torch.uint8), read(*scales, dtype=torch.bfloat16))
         weight = read(*names)
         return quantize(weight, bits_of(names[0], quantization)) if quantization else weight
 

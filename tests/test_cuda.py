@@ -110,12 +110,13 @@ class Headers(weights.Checkpoint):
         shapes = weights.tensor_shapes(weights.config_from_json(weights.read_json(folder / "config.json")))
         self.tensors = {name: weights.TensorFile(folder, shape) for name, shape in shapes.items()}
 
-    def read(self, names, dtype):
+    def read(self, names, dtype, pinned):
+        assert pinned
         rows = sum(self.tensors[name].shape[0] for name in names)
         return torch.empty(rows, *self.tensors[names[0]].shape[1:], dtype=dtype)
 
     def mapped(self, name, dtype):
-        return self.read([name], dtype)
+        return self.read([name], dtype, pinned=True)
 
 
 @pytest.fixture(scope="module")
