@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lumina_rt import _C, engine
+from lumina_rt import _C, backend
 
 L2_BYTES = 256 << 20  # twice the largest L2 cache there is, the 126 MB of a B200
 SIDE = 8192  # of the products that a GPU is measured by
@@ -37,7 +37,7 @@ class Floor:
 def checked_device(name: str) -> str:
     """The device of an option, "cpu" or "cuda". Where it cannot be had, the program ends with the Engine's words."""
     try:
-        return engine.checked_device(name)
+        return backend.checked_device(name)
     except ValueError as error:
         raise SystemExit(str(error)) from None
 

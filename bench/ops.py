@@ -23,7 +23,7 @@ import torch
 from lumina_rt.kernels import OPS, Controls, NoiseKeys, quantization, reference
 
 from lumina_rt import EngineConfig
-from lumina_rt.engine import choose_ops
+from lumina_rt.backend import choose_ops
 
 HIDDEN, HEADS, HEAD_DIM, INTERMEDIATE, CODES, CACHED = 4096, 32, 128, 11008, 8192, 1024
 ROWS = (1, 2, 4, 8, 16, 32, 64)

@@ -27,8 +27,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from lumina_rt import _C, convert, hub, images, quantized, unirep, vqgan, weights
+from lumina_rt.backend import choose_ops, default_device
 from lumina_rt.checkpoint import CheckpointError
-from lumina_rt.engine import IMAGE_TO_IMAGE, TARGET_SIZES, Engine, choose_ops, default_device, target_sizes_of
+from lumina_rt.engine import IMAGE_TO_IMAGE, TARGET_SIZES, Engine, target_sizes_of
 from lumina_rt.kernels.quantization import BITS
 from lumina_rt.outputs import Preview, RequestOutput, TextDelta
 from lumina_rt.params import EngineConfig, SamplingParams, checked_int

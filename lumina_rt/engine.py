@@ -8,7 +8,6 @@ whichever thread waits for an answer, and for callers in asyncio in a thread of 
 a step is computed: that is the model's op list.
 """
 
-import importlib.util
 import itertools
 import secrets
 import threading
@@ -17,7 +16,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -25,9 +23,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from lumina_rt import hub, images, prompts, unirep, weights
+from lumina_rt.backend import checked_device, choose_ops
 from lumina_rt.checkpoint import CheckpointError
 from lumina_rt.graph import Graphs
-from lumina_rt.kernels import cpu
 from lumina_rt.kv_cache import KVCache, Lease, bytes_a_token
 from lumina_rt.model import Model, upload
 from lumina_rt.multi_step import MAX_STEPS, MultiStep
@@ -588,59 +586,6 @@ def _checked(kind: type, options: dict):
         if name not in known:
             raise ValueError(f"unknown option {name!r}; expected one of {', '.join(known)}")
     return kind(**options)
-
-
-def default_device() -> str:
-    """A GPU where torch finds one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def checked_device(device: str | None) -> str:
-    """The device "cpu" or "cuda"; None takes a GPU where there is one. Raises ValueError for what cannot be had."""
-    device = device or default_device()
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f"device is {device!r}; expected 'cpu' or 'cuda'")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is 'cuda', and torch finds no NVIDIA GPU here; use device='cpu'")
-    return device
-
-
-def choose_ops(config: EngineConfig, device: str, dtype: torch.dtype, head_dim: int) -> tuple[ModuleType, str]:
-    """The op list for a model, chosen once, and whose attention that is and why.
-
-    device: "cpu" or "cuda". Raises ValueError for an attn_backend that cannot be had.
-    """
-    asked = config.attn_backend
-    if device == "cpu":
-        if asked != "auto":
-            raise ValueError(f"attn_backend is {asked!r}; expected 'auto' on a CPU, which has one of its own")
-        return cpu, "C++, as on every CPU"
-    refusal = _flash_refusal(config, dtype, head_dim)
-    if asked == "flash" and refusal:
-        raise ValueError(f"attn_backend is 'flash'; {refusal}")
-    # These need Triton, and flash-attn, which a machine without a GPU need not have.
-    if asked == "triton" or refusal:
-        from lumina_rt.kernels import cuda
-
-        return cuda, "Triton, as asked for" if asked == "triton" else f"Triton; {refusal}"
-    from lumina_rt.kernels import flash_attention
-
-    return flash_attention, "flash-attn for one token a row, Triton for more"
-
-
-def _flash_refusal(config: EngineConfig, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why flash-attn cannot be had, or None."""
-    if importlib.util.find_spec("flash_attn") is None:
-        return "flash-attn is not installed"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"flash-attn wants a model in 16 bits, this one is in {str(dtype).removeprefix('torch.')}"
-    if config.kv_cache_dtype:
-        return f"flash-attn wants keys and values in the model's dtype, kv_cache_dtype is {config.kv_cache_dtype!r}"
-    if config.page_size % 256:
-        return f"flash-attn wants a page_size of a multiple of 256, it is {config.page_size}"
-    if head_dim % 8 or head_dim > 256:
-        return f"flash-attn wants heads of a multiple of 8 up to 256, they have {head_dim}"
-    return None
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

@@ -32,7 +32,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture
 def plain_ops(monkeypatch):
     """Engines are made with the reference ops, whose weights are plain tensors that a test can look at and change."""
-    monkeypatch.setattr("lumina_rt.engine.cpu", reference)
+    monkeypatch.setattr("lumina_rt.backend.cpu", reference)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import torch
 from lumina_rt.kernels import OPS
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lumina_rt import Engine, engine
+from lumina_rt import Engine, backend
 
 BENCH = Path(__file__).parent.parent / "bench"
 GPU = SimpleNamespace(name="NVIDIA H100", major=9, minor=0, total_memory=80 * 2**30)
@@ -148,7 +148,7 @@ def test_the_floor_of_a_step_is_of_the_weights_as_either_backend_packs_them(
     """By hand: two layers of hidden 64 and intermediate 128 in fp32, a head of 64 codes, 4 heads of 16."""
     if backend == "cuda":
         pytest.importorskip("triton", reason="Triton is not installed; it is on Linux with the extra `test`")
-    monkeypatch.setattr(engine, "cpu", importlib.import_module(f"lumina_rt.kernels.{backend}"))
+    monkeypatch.setattr("lumina_rt.backend.cpu", importlib.import_module(f"lumina_rt.kernels.{backend}"))
     made = Engine.from_pretrained(checkpoint, device="cpu", quantization=quantization, num_pages=8)
     shapes = 2 * [(192, 64), (64, 64), (256, 64), (64, 128)] + [(64, 64)]
     n_bytes = n_weights = 0
@@ -233,7 +233,7 @@ def test_every_op_is_timed_on_a_gpu_beside_its_rates(monkeypatch, capsys, stand_
     monkeypatch.setattr(module("ops"), "reference", SimpleNamespace(**slow))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: GPU)
-    monkeypatch.setattr(engine, "_flash_refusal", lambda *_: "a test wants ours")
+    monkeypatch.setattr(backend, "flash_refusal", lambda *_: "a test wants ours")
     monkeypatch.setattr(sys, "argv", ["ops", "--device", "cuda", "--rows", "2"])
     with FakeTensorMode():
         module("ops").main()

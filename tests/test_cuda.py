@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lumina_rt import Engine, EngineConfig, ImageRow, dummy, engine, graph, weights
+from lumina_rt import Engine, EngineConfig, backend, dummy, engine, graph, weights
 from lumina_rt.model import Model
 from lumina_rt.multi_step import MultiStep
 from lumina_rt.sampler import Sampler
@@ -45,7 +45,7 @@ MODELS = {
 
 def picture(ops, monkeypatch):
     """The codes of a whole picture of the embedded model, made by some ops."""
-    monkeypatch.setattr(engine, "cpu", ops)
+    monkeypatch.setattr(backend, "cpu", ops)
     monkeypatch.setattr(engine, "target_sizes_of", lambda _: (32,))
     options = {"dtype": "float32", "speculation": 2, "page_size": 16, "num_pages": 64}
     shipped = Engine.from_pretrained("demo", device="cpu", **options)

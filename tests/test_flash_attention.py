@@ -11,7 +11,7 @@ from lumina_rt.kernels import OPS, cpu, reference
 from op_inputs import attention_inputs
 
 from lumina_rt import Engine, EngineConfig
-from lumina_rt.engine import choose_ops
+from lumina_rt.backend import choose_ops
 
 pytest.importorskip("triton", reason="Triton is not installed; it is on Linux with the extra `test`")
 from lumina_rt.kernels import cuda
