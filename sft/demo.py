@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from lumina_rt.sft import data, vq
 from lumina_rt.sft.model import TrainableModel
-from lumina_rt.sft.train import Trainer, TrainingConfig
+from lumina_rt.sft.train import Trainer, TrainingConfig, write_checkpoint
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from lumina_rt import weights
@@ -40,6 +40,7 @@ TARGET_SIZES = (80, 96, 64)  # the default first
 # Of the temperatures 0.1 to 0.5 and scales 1.5 to 6 tried on 120 prompts outside the evaluation's, the best.
 SAMPLING = {"temperature": 0.2, "guidance_scale": 2.5}
 GROWN = (2, 4)  # layers, of 6, that get a copy behind them before the last stage
+GROWN = (2, 4)  # layers, of 6, that get a copy behind them before the last stage
 LARGEST_GRID = 12  # units of 16 pixels: 192 is the longest side of the 96 x 96 candidates
 N_MERGES = 400
 
@@ -58,12 +59,19 @@ OMNI_LONG = {
     "detection": 4, "editing": 8, "from_condition": 3, "multiview": 2,
 }  # fmt: skip
 
+# And of what was still weak after that.
+OMNI_LAST = {
+    "text_to_image": 30, "describe": 4, "questions": 8, "talk": 0.3, "segmentation": 1.5, "depth": 0.6, "normals": 0.6,
+    "detection": 5, "editing": 10, "from_condition": 5, "multiview": 2,
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Stage:
     """tasks: their shares.  targets: areas of the pictures, by their root.  n: dialogs.  passes: over all of them.
 
-    lr, min_lr, muon_lr: as TrainingConfig.
+    lr, min_lr, muon_lr: as TrainingConfig.  grows: whether the model gets more layers first.  also: earlier stages
+    whose dialogs are shown again.
     """
 
     name: str
@@ -74,9 +82,11 @@ class Stage:
     lr: float
     min_lr: float
     muon_lr: float = 8e-3
+    grows: bool = False
+    also: tuple[str, ...] = ()
 
 
-# FP-SFT in three stages of growing area, then Omni-SFT (paper, section 2.2.2), in three.
+# FP-SFT in three stages of growing area, then Omni-SFT (paper, section 2.2.2), in four.
 STAGES = (
     Stage("fp64", TEXT_TO_IMAGE, (64,), 18_000, 1, 2.5e-3, 2.5e-3),
     Stage("fp80", TEXT_TO_IMAGE, (80,), 60_000, 1, 2.5e-3, 2.5e-3),
@@ -84,6 +94,7 @@ STAGES = (
     Stage("omni", OMNI, (80, 80, 80, 96, 64), 60_000, 1, 2.5e-3, 2e-5),
     Stage("drawing", OMNI_DRAWING, (80, 80, 80, 96, 64), 120_000, 1, 2.5e-3, 2e-5),
     Stage("long", OMNI_LONG, (80, 80, 80, 96, 64), 240_000, 1.33, 2.5e-3, 2e-5),
+    Stage("last", OMNI_LAST, (80, 80, 80, 96, 64), 200_000, 0.75, 2e-3, 1e-5, 6.5e-3, grows=True, also=("long",)),
 )
 BATCH_TOKENS = 4096
 
@@ -137,10 +148,10 @@ def write_start(folder: Path, vqgan: Path) -> None:
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
-def grow(source: Path, folder: Path) -> Path:
-    """Write the model of `source` with a copy behind each layer of GROWN that adds nothing yet; return `folder`.
+def grow(source: Path, output: Path) -> Path:
+    """Write the model of `source` with a copy behind each layer of GROWN that adds nothing yet; return `output`.
 
-    It draws as before, and has more to learn with. Trained small first, a model is as good for less computing.
+    It draws as before, and has more to learn with. What a small model learns first is learned for less.
     """
     values = weights.read_json(source / "config.json")
     state = weights.read_state(source, weights.config_from_json(values))
@@ -151,12 +162,9 @@ def grow(source: Path, folder: Path) -> Path:
         for name, weight in state.items():
             if name.startswith(prefix):
                 ends_block = is_copy and name.endswith(("o_proj.weight", "down_proj.weight"))
-                kept = torch.zeros_like(weight) if ends_block else weight.clone()
-                grown[f"model.layers.{new}.{name.removeprefix(prefix)}"] = kept
-    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("model*", "state*", "log*", "loss*"))
-    (folder / "config.json").write_text(json.dumps(values | {"num_hidden_layers": len(layers)}, indent=2) + "\n")
-    save_torch_state_dict(grown, folder)
-    return folder
+                grown[f"model.layers.{new}.{name.removeprefix(prefix)}"] = weight * (not ends_block)
+    write_checkpoint(grown, source, output, torch.float32, len(layers))
+    return output
 
 
 def run_stage(stage: Stage, source: Path, folder: Path) -> Path:
@@ -168,14 +176,16 @@ def run_stage(stage: Stage, source: Path, folder: Path) -> Path:
         tokenizer = Tokenizer.from_file(source / "tokenizer.json")
         dialogs = data.dialogs_of(stage.tasks, stage.targets, vqgan.config.factor, stage.n, stage.name)
         data.write(file, dialogs, stage.n, tokenizer, vqgan)
-    output = folder / stage.name
+    if stage.grows:
+        source = grow(source, folder / f"{stage.name}-start")
+    files, output = [file, *(file.with_stem(name) for name in stage.also)], folder / stage.name
     dtype = weights.fastest_dtype("cuda" if torch.cuda.is_available() else "cpu")
     config = TrainingConfig(
         steps=1, batch_tokens=BATCH_TOKENS, lr=stage.lr, min_lr=stage.min_lr, muon_lr=stage.muon_lr, warmup_steps=100,
         clip=1.0, dropout=0.0, dtype=str(dtype).removeprefix("torch."), save_every=500,
         compile=stage.n >= 1000,  # it takes 20 s first
     )  # fmt: skip
-    trainer = Trainer(source, [file], output, config)
+    trainer = Trainer(source, files, output, config)
     steps = round(len(trainer.batches.epoch(0)) * stage.passes)
     trainer.config = replace(config, steps=steps)
     trainer.run()

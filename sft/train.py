@@ -267,8 +267,13 @@ def draw_loss(folder: Path) -> None:
     figure.savefig(folder / "loss.png", dpi=100, bbox_inches="tight")
 
 
-def write_checkpoint(state: dict[str, Tensor], source: Path, output: Path, dtype: torch.dtype) -> None:
-    """Write a checkpoint in the published layout: weights anew, all else as it is in the folder `source`."""
+def write_checkpoint(
+    state: dict[str, Tensor], source: Path, output: Path, dtype: torch.dtype, n_layers: int | None = None
+) -> None:
+    """Write a checkpoint in the published layout: weights anew, all else as it is in the folder `source`.
+
+    n_layers: of `state`, where it has others than `source`.
+    """
     partial = output / "checkpoint.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -279,6 +284,7 @@ def write_checkpoint(state: dict[str, Tensor], source: Path, output: Path, dtype
             shutil.copyfile(source / name, partial / name)
     values = weights.read_json(source / "config.json") | {"torch_dtype": str(dtype).removeprefix("torch.")}
     values.pop("dtype", None)  # its other name
+    values["num_hidden_layers"] = n_layers or values["num_hidden_layers"]
     (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     for file in partial.iterdir():
         file.replace(output / file.name)

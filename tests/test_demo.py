@@ -4,10 +4,12 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from lumina_rt.sft import checker, demo, evaluate
 from lumina_rt.sft.data import Dialogs
+from lumina_rt.sft.model import TrainableModel
 
-from lumina_rt import Engine, hub
+from lumina_rt import Engine, hub, weights
 from lumina_rt.tokenizer import Tokenizer
 from lumina_rt.vqgan import VQGAN
 
@@ -26,18 +28,36 @@ def vqgan_folder(tmp_path):
 def test_a_build_writes_a_checkpoint_that_the_engine_loads_and_goes_on_where_it_stopped(
     tmp_path, vqgan_folder, monkeypatch
 ):
-    stages = tuple(replace(stage, targets=(64,), n=12, passes=1) for stage in demo.STAGES[:1] + demo.STAGES[-1:])
+    chosen = [stage for stage in demo.STAGES if stage.name in ("fp64", "long", "last")]
+    stages = tuple(replace(stage, targets=(64,), n=12, passes=1) for stage in chosen)
     monkeypatch.setattr(demo, "STAGES", stages)
     monkeypatch.setattr(demo, "BATCH_TOKENS", 1024)
     demo.main([str(tmp_path), "--vqgan", str(vqgan_folder)])
     output = tmp_path / stages[-1].name
     engine = Engine.from_pretrained(output, device="cpu")
+    assert engine.model.config.n_layers == demo.MODEL["num_hidden_layers"] + len(demo.GROWN)
     assert engine.default_size == (demo.TARGET_SIZES[0],) * 2
     assert engine.generate_image("a red circle", 64, 64, seed=0, progress=False).images[0].size == (64, 64)
     assert len(Dialogs([tmp_path / "data" / f"{stages[0].name}.safetensors"]).rows) == 12
     written = (output / "model.safetensors").stat().st_mtime_ns
     demo.main([str(tmp_path), "--vqgan", str(vqgan_folder)])
     assert (output / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_a_model_that_has_grown_computes_what_it_did(tmp_path, vqgan_folder):
+    demo.write_start(tmp_path / "start", vqgan_folder)
+    grown = demo.grow(tmp_path / "start", tmp_path / "grown")
+    tokens, logits = torch.arange(60).view(2, 30), []
+    for folder in (tmp_path / "start", grown):
+        config = weights.stored_config(folder)
+        model = TrainableModel(config)
+        model.load_state_dict(weights.read_state(folder, config))
+        logits.append(model(tokens))
+        logits[-1].sum().backward()
+    assert torch.equal(*logits)
+    assert all(
+        parameter.grad.any() for name, parameter in model.named_parameters() if name.endswith("down_proj.weight")
+    )
 
 
 def test_codes_that_look_alike_begin_as_tokens_that_are_alike(plain_ops, tmp_path, vqgan_folder):
