@@ -8,6 +8,7 @@ whichever thread waits for an answer, and for callers in asyncio in a thread of 
 a step is computed: that is the model's op list.
 """
 
+import gc
 import itertools
 import secrets
 import threading
@@ -197,7 +198,9 @@ class Engine:
         return Stream(self, self._submit(conversation, params or self.params(), deque(), preview_every))
 
     def abort(self, request_id: int) -> bool:
-        """End a request within a step, from any thread; what is finished of it comes as its RequestOutput.
+        """End a request within a step, or what is run in one go (see multi_step.py), from any thread.
+
+        What is finished of it comes as its RequestOutput.
 
         Returns whether it was still running.
         """
@@ -358,7 +361,7 @@ class Engine:
         picks = [pick for pick, work in zip(picks, plan, strict=True) for _ in work.rows()]
         first, ahead = self.sampler.draw_codes(picks, hidden), look_ahead(plan, self.config.page_size)
         further = self.multi_step.run(first, ahead, *self.sampler.controls_and_keys(picks))
-        conditional = upload(np.unique(ahead.leaders), torch.int64, hidden.device)
+        conditional = upload(np.unique(ahead.leaders).tolist(), torch.int64, hidden.device)
         return read(torch.cat((first.unsqueeze(0), further)).index_select(1, conditional).T.flatten())
 
     def _record_graphs(self) -> None:
@@ -558,6 +561,7 @@ class Engine:
         page_bytes, enough = config.page_size * self.kv_bytes_a_token, config.max_num_seqs * longest
         if self.model.embed.device.type == "cpu":
             return config.num_pages or max(1, min(int(config.kv_cache_gib * 2**30) // page_bytes, enough))
+        gc.collect()  # an Engine that was dropped is held by its own previews until then
         torch.cuda.empty_cache()  # what loading took is free again
         free, total = torch.cuda.mem_get_info(self.model.embed.device)
         have = int(free - (1 - config.gpu_memory_utilization) * total) - page_bytes  # a page for what graphs pad

@@ -105,6 +105,7 @@ def record(runs: Iterable[Callable[[], Tensor]]) -> Iterator[tuple[Callable[[], 
             run()  # compiles kernels and sets up libraries, which cannot be recorded
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        # What other threads do with the GPU meanwhile, another Engine's for one, is no part of it.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             hidden = run()
         yield graph.replay, hidden

@@ -1,10 +1,8 @@
 """The transformer on one page. It knows tokens, positions and pages; what they mean is not its business."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -49,8 +47,11 @@ class Step:
     seq_lens: Tensor
 
 
-def upload(values: Sequence | np.ndarray, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of numbers of the host. To a GPU they go from pinned memory, by a copy that nobody waits for."""
+def upload(values: list, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of numbers of the host. To a GPU they go from pinned memory, by a copy that nobody waits for.
+
+    values: a list, or one of lists; torch pins nothing that it makes from an array.
+    """
     return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 

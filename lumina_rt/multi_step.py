@@ -93,13 +93,13 @@ class MultiStep:
         seq_lens = np.zeros((n, padded), dtype=np.int32)
         seq_lens[:, :rows] = ahead.positions + 1
         packed = np.concatenate((columns.reshape(n, -1), seq_lens.view(np.int64)), axis=1)
-        self.ahead.narrow(0, 0, packed.size).copy_(upload(packed.reshape(-1), torch.int64, device))
+        self.ahead.narrow(0, 0, packed.size).copy_(upload(packed.reshape(-1).tolist(), torch.int64, device))
         self.now.narrow(0, 0, _width(padded)).copy_(self.ahead.narrow(0, 0, _width(padded)))
 
         tables = np.full((padded, self.block_tables.shape[1]), self.spare_page, dtype=np.int32)
         tables[:rows, : ahead.block_tables.shape[1]] = ahead.block_tables
-        self.block_tables.narrow(0, 0, padded).copy_(upload(tables, torch.int32, device))
-        rows_of_draws = upload(np.stack((ahead.leaders, ahead.partners)), torch.int64, device)
+        self.block_tables.narrow(0, 0, padded).copy_(upload(tables.tolist(), torch.int32, device))
+        rows_of_draws = upload(np.stack((ahead.leaders, ahead.partners)).tolist(), torch.int64, device)
         whole = (*rows_of_draws.unbind(), controls.top_k, keys.seed, keys.image)
         self.draws.narrow(1, 0, rows).copy_(torch.stack(whole))
         chosen = controls.guidance, controls.temperature, controls.top_p, controls.min_p

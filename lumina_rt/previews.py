@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import torch
 from PIL import Image
 
 from lumina_rt.outputs import Preview
@@ -45,6 +46,11 @@ class Previews:
 
 
 def give_way() -> None:
-    """Let this thread have what the steps leave of the cores. Elsewhere than on Linux nice is not a thread's."""
+    """Let this thread have what the steps leave of the cores. Elsewhere than on Linux nice is not a thread's.
+
+    On a GPU it gets a stream of its own, so that a step does not stand behind a picture.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.set_stream(torch.cuda.Stream())
     if sys.platform == "linux":
         os.nice(19)

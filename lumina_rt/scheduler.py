@@ -99,8 +99,8 @@ class Scheduler:
         """How many steps draw nothing but codes: up to the nearest end of a row of latents."""
         if not all(work.indices and work.sample.layout for work in plan):
             return 1
-        if any(len(work.request.samples) > 1 and not work.request.has_forked for work in plan):
-            return 1  # the other samples begin after one step, not after a row
+        if any(work.request.prefilled is None for work in plan):
+            return 1  # so that prefill is timed alone, and the other samples of a prompt begin after it
         left = (work.sample.layout.codes_left(len(work.sample.tokens) - work.sample.image_start) for work in plan)
         return min([self.max_steps, *left])
 

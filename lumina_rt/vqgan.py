@@ -244,7 +244,9 @@ class VQGAN(nn.Module):
         if height % factor or width % factor:
             raise ValueError(f"pixels are {width} x {height}; expected sides that are multiples of {factor}")
         pixels = pixels.to(self.quantize.embedding.weight).contiguous(memory_format=torch.channels_last)
-        return self.quant_conv(self.encoder(pixels))
+        # A GPU would round to TF32, and the codes of near ties would be others than on a CPU.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return self.quant_conv(self.encoder(pixels))
 
     def decode_latents(self, z: Tensor) -> Tensor:
         """Turn latents, [b, embed_dim, h, w], into pixels, as in `decode` but of the decoder's dtype."""
