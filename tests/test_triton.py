@@ -375,6 +375,19 @@ def test_exactly_the_top_k_are_drawn_from():
         assert kept(logits, top_k=k) == set(range(min(k, 4)))
 
 
+def test_exactly_those_within_min_p_of_the_largest_are_drawn_from():
+    logits = torch.arange(4.0)[None].flip(1) / 100
+    for n in (1, 2, 3, 4):
+        assert kept(logits, min_p=math.exp(-0.01 * n + 0.004)) == set(range(n))
+
+
+def test_exactly_the_fewest_that_reach_top_p_are_drawn_from():
+    logits = torch.arange(4.0)[None].flip(1) / 100
+    for n, mass in enumerate(logits[0].softmax(-1).cumsum(-1).tolist()[:3], start=1):
+        assert kept(logits, top_p=0.99 * mass) == set(range(n))
+        assert kept(logits, top_p=1.01 * mass) == set(range(n + 1))
+
+
 def test_temperature_zero_takes_the_first_of_the_largest():
     logits = torch.zeros(1, 3000)
     logits[0, [1500, 2500]] = 5
