@@ -12,10 +12,8 @@ import math
 import os
 import platform
 import re
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import NoneType
@@ -24,17 +22,17 @@ from typing import get_args
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from lumina_rt import _C, convert, hub, images, quantized, unirep, vqgan, weights
 from lumina_rt.backend import choose_ops, default_device
 from lumina_rt.checkpoint import CheckpointError
-from lumina_rt.engine import IMAGE_TO_IMAGE, TARGET_SIZES, Engine, target_sizes_of
+from lumina_rt.engine import IMAGE_TO_IMAGE, Engine
+from lumina_rt.generation_config import TARGET_SIZES, target_sizes_of
 from lumina_rt.kernels.quantization import BITS
-from lumina_rt.outputs import Preview, RequestOutput, TextDelta
+from lumina_rt.outputs import RequestOutput, TextDelta
 from lumina_rt.params import EngineConfig, SamplingParams, checked_int
-from lumina_rt.previews import give_way
 from lumina_rt.prompts import Message
+from lumina_rt.terminal import GrowingSheet
 
 VERSION = importlib.metadata.version("lumina_rt")
 DEMO_NOTE = "note: the embedded model knows colored shapes only, such as a red circle left of a blue star"
@@ -276,67 +274,19 @@ def _engine(args) -> Engine:
     return engine
 
 
-class _Previews:
-    """A callback of the Engine that shows images as they grow: in the terminal, and in a file.
+def _previews(args, outputs: Sequence[Path], beside_bar: bool = True) -> GrowingSheet:
+    """What shows images as they grow; its options are checked before a model is loaded.
 
-    Several of them stand in one sheet, as do the views of `multiview`.
+    outputs: files of the command. Raises ValueError.
     """
-
-    def __init__(self, args, outputs: Sequence[Path], beside_bar: bool = True):
-        """Check the options, before a model is loaded. outputs: files of the command. Raises ValueError."""
-        every = checked_int("--preview-every", args.preview_every, 1)
-        self._file = Path(args.preview_file) if args.preview_file else None
-        if self._file:
-            check_outputs([self._file], args.force)
-            if self._file.resolve() in [path.resolve() for path in outputs]:
-                raise ValueError(f"--preview-file is {str(self._file)!r}, which is also the output; expected another")
-        self._in_terminal = beside_bar and sys.stderr.isatty() and not (args.json or args.quiet or args.no_preview)
-        self.every = every if self._in_terminal or self._file else None
-        self.pictures: dict[tuple[int, int, int], Image.Image] = {}  # by request, answer and image
-        self._n_lines = 0  # of the picture that stands in the terminal
-        self._thread = ThreadPoolExecutor(1, "shown previews", initializer=give_way)  # steps wait for no PNG
-        self._drawing: Future | None = None
-
-    def __call__(self, event) -> None:
-        if not self.every:
-            return
-        if isinstance(event, Preview):
-            self.pictures[event.request_id, event.sample, event.image] = event.picture
-            if self._drawing is None or self._drawing.done():
-                self._draw()
-        elif isinstance(event, RequestOutput):
-            self.pictures |= {(event.request_id, answer, i): image for answer, i, image in _pictures(event)}
-            if self.pictures:
-                self._draw()
-                self._drawing.result()
-
-    def _draw(self) -> None:
-        """Draw all pictures as they are now. Raises what the drawing before raised."""
-        if self._drawing:
-            self._drawing.result()
-        self._drawing = self._thread.submit(self._draw_all, [self.pictures[key] for key in sorted(self.pictures)])
-
-    def _draw_all(self, pictures: list[Image.Image]) -> None:
-        sheet = _contact_sheet(pictures)
-        if self._file:
-            images.save_png(sheet, self._file, force=True)
-        if self._in_terminal:
-            self._show(sheet)
-
-    def _show(self, sheet: Image.Image) -> None:
-        columns, lines = shutil.get_terminal_size()
-        draw = images.kitty if _shows_pictures() else images.half_blocks
-        drawn = draw(sheet, columns, max(1, lines - 2))  # a bar and the cursor stand below
-        up = f"\x1b[{self._n_lines}F\x1b[J" if self._n_lines else ""
-        with tqdm.external_write_mode(sys.stderr):
-            print(up + "\n".join(drawn), file=sys.stderr, flush=True)
-        self._n_lines = len(drawn)
-
-
-def _shows_pictures() -> bool:
-    """Whether the terminal knows kitty's graphics protocol, by the names that it gives itself."""
-    names = {os.environ.get("TERM", ""), os.environ.get("TERM_PROGRAM", "")}
-    return not names.isdisjoint({"xterm-kitty", "xterm-ghostty", "ghostty", "WezTerm"})
+    every = checked_int("--preview-every", args.preview_every, 1)
+    file = Path(args.preview_file) if args.preview_file else None
+    if file:
+        check_outputs([file], args.force)
+        if file.resolve() in [path.resolve() for path in outputs]:
+            raise ValueError(f"--preview-file is {str(file)!r}, which is also the output; expected another")
+    in_terminal = beside_bar and sys.stderr.isatty() and not (args.json or args.quiet or args.no_preview)
+    return GrowingSheet(every, file, in_terminal)
 
 
 def output_paths(output: str, n: int) -> list[Path]:
@@ -411,7 +361,7 @@ def _generate(args):
     controls = _controls(args, defaults)
     paths = output_paths(args.output, len(texts) * controls["n"])
     check_outputs(paths, args.force)
-    previews = _Previews(args, paths)
+    previews = _previews(args, paths)
     condition = images.open_image(args.condition) if args.condition else None
     engine = _engine(args)
     controls, shown = _controls(args, defaults, engine), _shown(args, previews)
@@ -428,7 +378,7 @@ def _generate(args):
     return _report(args, results)
 
 
-def _shown(args, previews: _Previews) -> dict:
+def _shown(args, previews: GrowingSheet) -> dict:
     """Arguments of the Engine's tasks: what is shown while they run."""
     return {"progress": not args.quiet, "callback": previews, "preview_every": previews.every}
 
@@ -455,7 +405,7 @@ def _image_to_image(args, asked: dict, task, *words: str):
     controls = _controls(args, IMAGE_TO_IMAGE)
     paths = output_paths(args.output, controls["n"])
     check_outputs(paths, args.force)
-    previews = _Previews(args, paths)
+    previews = _previews(args, paths)
     picture = images.open_image(args.image)
     engine = _engine(args)
     controls = _controls(args, IMAGE_TO_IMAGE, engine)
@@ -470,25 +420,15 @@ def _multiview(args):
     sheet = Path(args.output)
     paths = [_numbered(sheet, i) for i in range(args.views)]
     check_outputs([sheet, *paths], args.force)
-    previews = _Previews(args, [sheet, *paths])
+    previews = _previews(args, [sheet, *paths])
     engine = _engine(args)
     controls = _controls(args, None, engine)
     output = engine.multiview(args.prompt, args.views, args.side, **_shown(args, previews), **controls)
     asked = {"prompt": args.prompt, "views": args.views}
     result = _save(args, output, paths, asked, controls)
     settings = _settings(args, output, asked, controls) | {"size": [args.side, args.side]}
-    images.save_png(_contact_sheet(output.images), sheet, settings, force=args.force)
+    images.save_png(images.contact_sheet(output.images), sheet, settings, force=args.force)
     return _report(args, [result | {"files": [str(sheet), *result["files"]]}])
-
-
-def _contact_sheet(views: Sequence[Image.Image]) -> Image.Image:
-    """All views in rows, as near to a square as their number allows."""
-    columns = math.ceil(math.sqrt(len(views)))
-    width, height = (max(sides) for sides in zip(*(view.size for view in views), strict=True))
-    sheet = Image.new("RGB", (columns * width, math.ceil(len(views) / columns) * height), "white")
-    for i, view in enumerate(views):
-        sheet.paste(view, (i % columns * width, i // columns * height))
-    return sheet
 
 
 def _chat(args):
@@ -499,7 +439,7 @@ def _chat(args):
     check_outputs([first], force=True)  # names that are taken are passed over
     # A bar or a picture would stand in the middle of the text, so they are shown only where no text comes.
     is_drawn = args.message is not None and bool(getattr(args, "num_images", None))
-    previews = _Previews(args, [], beside_bar=is_drawn)
+    previews = _previews(args, [], beside_bar=is_drawn)
     pictures = [images.open_image(path) for path in args.image]
     engine = _engine(args)
     controls = _controls(args, None, engine)

@@ -15,7 +15,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -26,25 +25,23 @@ from tqdm import tqdm
 from lumina_rt import hub, images, prompts, unirep, weights
 from lumina_rt.backend import checked_device, choose_ops
 from lumina_rt.checkpoint import CheckpointError
-from lumina_rt.graph import Graphs
+from lumina_rt.generation_config import TARGET_SIZES, sampling_defaults_of, target_sizes_of
 from lumina_rt.kv_cache import KVCache, Lease, bytes_a_token
-from lumina_rt.model import Model, upload
-from lumina_rt.multi_step import MAX_STEPS, MultiStep
+from lumina_rt.model import Model
+from lumina_rt.multi_step import MAX_STEPS
 from lumina_rt.outputs import Answer, Event, ImageRow, RequestOutput, TextDelta, Timings
-from lumina_rt.params import EngineConfig, SamplingParams, checked_int
+from lumina_rt.params import EngineConfig, SamplingParams, checked_int, from_options
 from lumina_rt.previews import Previews
 from lumina_rt.prompts import IMAGE_MARK, Message
 from lumina_rt.request import Draw, Grammar, Request, Sample, answer_length
-from lumina_rt.sampler import Pick, Sampler, read
-from lumina_rt.scheduler import Scheduler, Work, build_step, look_ahead
+from lumina_rt.runner import Runner
+from lumina_rt.scheduler import Scheduler, Work
 from lumina_rt.stream import Stream, raised
 from lumina_rt.tokenizer import Tokenizer
 from lumina_rt.vqgan import VQGAN, to_uint8
 
 Callback = Callable[[Event], None]
 
-# Areas that the released checkpoints were trained on, the default first; generation_config.json may name others.
-TARGET_SIZES = (768, 512, 1024, 384)
 # The reference's settings where an image is answered by an image (demo_image2image; fact sheet, section 6.6).
 IMAGE_TO_IMAGE = {"guidance_scale": 1.0, "top_k": 200}
 
@@ -83,10 +80,10 @@ class Engine:
         n_pages = num_pages + is_graphed
         self.cache = KVCache(shape.n_layers, n_pages, page_size, shape.kv_heads, shape.head_dim, dtype, device)
         self.scheduler = Scheduler(self.config, self.cache, num_pages)
-        self.sampler = Sampler(model, tokenizer.vocab)
-        self.graphs, self.multi_step = None, None
+        self.runner = Runner(model, tokenizer.vocab, self.cache, page_size)
         if is_graphed:
-            self._record_graphs()
+            self.runner.record(self.config.max_num_seqs, self._blocks_of_the_longest_row())
+            self.scheduler.max_steps = MAX_STEPS
         self.previews = Previews(self.decode_codes, factor)
         self._stepping = threading.Lock()  # held by the thread that steps; guards the scheduler and the cache
         self._requests: dict[int, Request] = {}
@@ -121,7 +118,7 @@ class Engine:
         arguments that name nothing known.
         """
         device, torch_dtype = checked_device(device), _dtype(dtype)
-        config = engine_config(options).on(device)
+        config = from_options(EngineConfig, options).on(device)
         folder = hub.find_model(model)
         target_sizes, defaults = target_sizes_of(folder), sampling_defaults_of(folder)
         tokens = Tokenizer.from_file(hub.find_tokenizer(folder, tokenizer))
@@ -144,7 +141,7 @@ class Engine:
 
     def params(self, **controls) -> SamplingParams:
         """SamplingParams of these fields, the others as the model has them. Raises ValueError for an unknown field."""
-        return _checked(SamplingParams, {**self.defaults, **controls})
+        return from_options(SamplingParams, {**self.defaults, **controls})
 
     def generate(
         self,
@@ -198,11 +195,9 @@ class Engine:
         return Stream(self, self._submit(conversation, params or self.params(), deque(), preview_every))
 
     def abort(self, request_id: int) -> bool:
-        """End a request within a step, or what is run in one go (see multi_step.py), from any thread.
+        """End a request within a step, or within a row of latents where that is run in one go, from any thread.
 
-        What is finished of it comes as its RequestOutput.
-
-        Returns whether it was still running.
+        What is finished of it comes as its RequestOutput. Returns whether it was still running.
         """
         request = self._requests.get(request_id)
         if request is None:
@@ -325,7 +320,10 @@ class Engine:
         try:
             plan = self.scheduler.schedule(time.perf_counter())
             if plan:
-                drawn = self._run(plan)
+                begun = time.perf_counter()
+                drawn, n_tokens = self.runner.run(plan)
+                if drawn:  # a GPU may still be at work on a chunk of a prompt, of which nothing is drawn
+                    self.scheduler.pace.observe(n_tokens, (time.perf_counter() - begun) / plan[0].n_steps)
                 for work, tokens in zip(plan, self.scheduler.commit(plan, drawn), strict=True):
                     for token in tokens:
                         self._advance(work.request, work.sample, token)
@@ -342,34 +340,6 @@ class Engine:
             return True
         self._apply()
         return bool(plan)
-
-    def _run(self, plan: list[Work]) -> list[int]:
-        """Feed and draw what a plan says; returns as `Scheduler.commit` takes."""
-        begun, n_steps, page_size = time.perf_counter(), plan[0].n_steps, self.config.page_size
-        step, picks = build_step(plan, page_size, self.model.embed.device), _picks(plan)
-        hidden = self.graphs.forward(step) if self.graphs else self.model.forward(step, self.cache)
-        if n_steps == 1:
-            drawn, n_tokens = self.sampler.draw(picks, hidden), len(hidden)
-        else:
-            drawn, n_tokens = self._run_on(plan, picks, hidden), len(step.seq_lens)
-        if drawn:  # a GPU may still be at work on a chunk of a prompt, of which nothing is drawn
-            self.scheduler.pace.observe(n_tokens, (time.perf_counter() - begun) / n_steps)
-        return drawn
-
-    def _run_on(self, plan: list[Work], picks: list[Pick], hidden: torch.Tensor) -> list[int]:
-        """Draw what the first of several steps has to draw, run the others, and read all of it at once."""
-        picks = [pick for pick, work in zip(picks, plan, strict=True) for _ in work.rows()]
-        first, ahead = self.sampler.draw_codes(picks, hidden), look_ahead(plan, self.config.page_size)
-        further = self.multi_step.run(first, ahead, *self.sampler.controls_and_keys(picks))
-        conditional = upload(np.unique(ahead.leaders).tolist(), torch.int64, hidden.device)
-        return read(torch.cat((first.unsqueeze(0), further)).index_select(1, conditional).T.flatten())
-
-    def _record_graphs(self) -> None:
-        max_rows, max_blocks = self.config.max_num_seqs, self._blocks_of_the_longest_row()
-        self.graphs = Graphs(self.model, self.cache, max_rows, max_blocks)
-        codes = self.sampler.image_tokens
-        self.multi_step = MultiStep(self.model, self.cache, codes, max_rows, max_blocks)
-        self.scheduler.max_steps = MAX_STEPS
 
     def _apply(self) -> None:
         """Let requests in and out that came or went since the last step."""
@@ -579,59 +549,10 @@ class Engine:
         return -(-self.config.max_model_len // self.config.page_size)
 
 
-def engine_config(options: dict) -> EngineConfig:
-    """EngineConfig from keyword arguments. Raises ValueError for one it does not have."""
-    return _checked(EngineConfig, options)
-
-
-def _checked(kind: type, options: dict):
-    known = [field.name for field in fields(kind)]
-    for name in options:
-        if name not in known:
-            raise ValueError(f"unknown option {name!r}; expected one of {', '.join(known)}")
-    return kind(**options)
-
-
 def _dtype(name: str | None) -> torch.dtype | None:
     if name is not None and name not in weights.DTYPES:
         raise ValueError(f"dtype is {name!r}; expected one of {', '.join(weights.DTYPES)}")
     return weights.DTYPES.get(name)
-
-
-def target_sizes_of(folder: Path) -> tuple[int, ...]:
-    """The roots of the areas that a model was trained on, its default first. Raises CheckpointError."""
-    path = folder / "generation_config.json"
-    sizes = weights.read_json(path).get("target_sizes", TARGET_SIZES) if path.exists() else TARGET_SIZES
-    if not isinstance(sizes, (list, tuple)) or not sizes or not all(isinstance(n, int) and n > 0 for n in sizes):
-        raise CheckpointError(folder, [f"target_sizes is {sizes!r} in {path.name}; expected a list of whole numbers"])
-    return tuple(sizes)
-
-
-def sampling_defaults_of(folder: Path) -> dict:
-    """What a model wants fields of SamplingParams to be: "sampling" of its generation_config.json.
-
-    Raises CheckpointError. Other keys of that file are not looked at: released ones name a temperature that the
-    reference's own scripts do not use.
-    """
-    path = folder / "generation_config.json"
-    defaults = weights.read_json(path).get("sampling", {}) if path.exists() else {}
-    try:
-        _checked(SamplingParams, dict(defaults))
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(folder, [f"sampling is {defaults!r} in {path.name}: {error}"]) from None
-    return dict(defaults)
-
-
-def _picks(plan: list[Work]) -> list[Pick]:
-    """Which lines of the step's hidden states each draw is made from: those of the token before it."""
-    picks, line = [], -1
-    for work in plan:
-        cond = line + work.n_cond
-        line = uncond = cond + work.n_uncond
-        for index in work.indices:
-            before = work.indices[-1] - index  # tokens fed behind the one that this is drawn from
-            picks.append(Pick(work.sample, work.request.seed, index, cond - before, uncond - before))
-    return picks
 
 
 def _progress_bar(requests: Iterable[Request], shown: bool) -> tqdm:

@@ -3,7 +3,6 @@
 It knows nothing of codes; vqgan.py turns pixels into codes and back.
 """
 
-import base64
 import io
 import json
 import math
@@ -163,46 +162,14 @@ def to_pixels(image: Image.Image) -> np.ndarray:
     return np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)
 
 
-def _cells(image: Image.Image, columns: int, lines: int) -> tuple[int, int]:
-    """Columns and lines of a terminal that a picture takes, each cell two of its pixels high, or of fewer pixels."""
-    scale = min(1, columns / image.width, 2 * lines / image.height)
-    return max(1, int(image.width * scale)), max(1, int(image.height * scale) // 2)
-
-
-def kitty(image: Image.Image, columns: int, lines: int) -> list[str]:
-    """Draw a picture for a terminal of kitty's graphics protocol, in as many cells as `half_blocks` takes.
-
-    Returns its lines, of which the last holds it; a second picture takes the place of the first.
-    """
-    file = io.BytesIO()
-    image.save(file, "PNG", compress_level=1)
-    data = base64.b64encode(file.getvalue()).decode()
-    chunks = [data[i : i + 4096] for i in range(0, len(data), 4096)]  # the most that the protocol allows
-    width, height = _cells(image, columns, lines)
-    # Shown at once (a=T), from a PNG (f=100), unanswered (q=2), with the cursor left where it is (C=1).
-    keys = [f"a=T,f=100,q=2,C=1,i=1,p=1,c={width},r={height},"] + [""] * (len(chunks) - 1)
-    more = [1] * (len(chunks) - 1) + [0]
-    escapes = (f"\x1b_G{key}m={m};{chunk}\x1b\\" for key, m, chunk in zip(keys, more, chunks, strict=True))
-    # Drawn from the last line, so that the terminal has scrolled to make room by then.
-    up, down = (f"\x1b[{height - 1}{way}" if height > 1 else "" for way in "FE")
-    return [""] * (height - 1) + [up + "".join(escapes) + down]
-
-
-def half_blocks(image: Image.Image, columns: int, lines: int) -> list[str]:
-    """Draw a picture in characters for a terminal of 24-bit colors: an upper half block shows two pixels.
-
-    It is made smaller, never larger, to fit `columns` characters and `lines` lines. Returns its lines.
-    """
-    width, height = _cells(image, columns, lines)
-    pixels = np.asarray(image.convert("RGB").resize((width, 2 * height), Image.Resampling.BOX))
-    return [
-        "".join(
-            "\x1b[38;2;{};{};{};48;2;{};{};{}m\u2580".format(*upper, *lower)
-            for upper, lower in zip(above, below, strict=True)
-        )
-        + "\x1b[0m"
-        for above, below in zip(pixels[::2], pixels[1::2], strict=True)
-    ]
+def contact_sheet(views: Sequence[Image.Image]) -> Image.Image:
+    """All views in rows, as near to a square as their number allows."""
+    columns = math.ceil(math.sqrt(len(views)))
+    width, height = (max(sides) for sides in zip(*(view.size for view in views), strict=True))
+    sheet = Image.new("RGB", (columns * width, math.ceil(len(views) / columns) * height), "white")
+    for i, view in enumerate(views):
+        sheet.paste(view, (i % columns * width, i // columns * height))
+    return sheet
 
 
 def save_png(image: Image.Image, path: str | Path, settings: Mapping | None = None, force: bool = False) -> None:

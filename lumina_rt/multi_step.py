@@ -87,12 +87,12 @@ class MultiStep:
     def _fill(self, drawn: Tensor, ahead: Ahead, controls: Controls, keys: NoiseKeys, padded: int) -> None:
         n, rows = ahead.positions.shape
         device = drawn.device
-        columns = np.zeros((n, 3, padded), dtype=np.int64)
+        packed = np.zeros((n, _width(padded)), dtype=np.int64)
+        columns, seq_lens = packed[:, : 3 * padded].reshape(n, 3, padded), packed[:, 3 * padded :].view(np.int32)
         columns[:, 1] = self.spare_page * self.page_size
-        columns[:, :, :rows] = np.stack((ahead.positions, ahead.slots, ahead.places), axis=1)
-        seq_lens = np.zeros((n, padded), dtype=np.int32)
+        for column, values in enumerate((ahead.positions, ahead.slots, ahead.places)):
+            columns[:, column, :rows] = values
         seq_lens[:, :rows] = ahead.positions + 1
-        packed = np.concatenate((columns.reshape(n, -1), seq_lens.view(np.int64)), axis=1)
         self.ahead.narrow(0, 0, packed.size).copy_(upload(packed.reshape(-1).tolist(), torch.int64, device))
         self.now.narrow(0, 0, _width(padded)).copy_(self.ahead.narrow(0, 0, _width(padded)))
 

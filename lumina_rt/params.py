@@ -3,7 +3,7 @@
 Whether a size is one the model was trained on is not known here; the Engine checks that.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 
 from lumina_rt.speculative import WINDOWS
@@ -122,6 +122,15 @@ class EngineConfig:
     def on(self, device: str) -> "EngineConfig":
         """Itself, with what None leaves to the device, "cpu" or "cuda"."""
         return self if self.page_size else replace(self, page_size=256 if device == "cuda" else 16)
+
+
+def from_options(kind: type, options: dict):
+    """A SamplingParams or EngineConfig of keyword arguments. Raises ValueError for one that it does not have."""
+    known = [field.name for field in fields(kind)]
+    for name in options:
+        if name not in known:
+            raise ValueError(f"unknown option {name!r}; expected one of {', '.join(known)}")
+    return kind(**options)
 
 
 def _is_side(value) -> bool:

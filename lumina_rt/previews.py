@@ -48,9 +48,9 @@ class Previews:
 def give_way() -> None:
     """Let this thread have what the steps leave of the cores. Elsewhere than on Linux nice is not a thread's.
 
-    On a GPU it gets a stream of its own, so that a step does not stand behind a picture.
+    Where a GPU is in use it gets a stream of its own, so that a step does not stand behind a picture.
     """
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.set_stream(torch.cuda.Stream())
     if sys.platform == "linux":
         os.nice(19)

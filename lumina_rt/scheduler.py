@@ -126,8 +126,8 @@ class Scheduler:
         drawn: a token for each index of each work, in order, and for each further step.  Returns for each work the
         tokens that hold, which are those whose past was guessed right.
         """
-        for request, n_steps in {id(work.request): (work.request, work.n_steps) for work in plan}.values():
-            request.n_steps += n_steps
+        for request in {id(work.request): work.request for work in plan}.values():
+            request.n_steps += plan[0].n_steps
         tokens, held = iter(drawn), []
         for work in plan:
             held.append(self._keep(work, list(islice(tokens, len(work.indices) + work.n_steps - 1))))

@@ -267,13 +267,8 @@ def draw_loss(folder: Path) -> None:
     figure.savefig(folder / "loss.png", dpi=100, bbox_inches="tight")
 
 
-def write_checkpoint(
-    state: dict[str, Tensor], source: Path, output: Path, dtype: torch.dtype, n_layers: int | None = None
-) -> None:
-    """Write a checkpoint in the published layout: weights anew, all else as it is in the folder `source`.
-
-    n_layers: of `state`, where it has others than `source`.
-    """
+def write_checkpoint(state: dict[str, Tensor], source: Path, output: Path, dtype: torch.dtype) -> None:
+    """Write a checkpoint in the published layout: weights anew, all else but their number of layers as in `source`."""
     partial = output / "checkpoint.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -284,7 +279,7 @@ def write_checkpoint(
             shutil.copyfile(source / name, partial / name)
     values = weights.read_json(source / "config.json") | {"torch_dtype": str(dtype).removeprefix("torch.")}
     values.pop("dtype", None)  # its other name
-    values["num_hidden_layers"] = n_layers or values["num_hidden_layers"]
+    values["num_hidden_layers"] = sum(name.endswith("self_attn.q_proj.weight") for name in state)
     (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     for file in partial.iterdir():
         file.replace(output / file.name)

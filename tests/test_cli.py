@@ -432,7 +432,7 @@ def test_an_interrupt_is_130_and_leaves_no_file(run, tmp_path, monkeypatch, argv
 
 @pytest.fixture
 def at_once(monkeypatch):
-    for name in ("previews", "cli"):
+    for name in ("previews", "terminal"):
         monkeypatch.setattr(f"lumina_rt.{name}.ThreadPoolExecutor", AtOnce)
 
 

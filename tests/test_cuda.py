@@ -266,7 +266,7 @@ def test_a_step_that_feeds_the_next_takes_few_launches(fake, kind, a_layer, quan
     made = fake(kind, quantization, enforce_eager=False, speculation="off", max_num_seqs=2)
     fake.launches.clear()
     with torch.inference_mode(), Launches() as of_torch:
-        made.multi_step._step(2)
+        made.runner.multi_step._step(2)
     assert of_torch.n >= 5 + (0 if quantization else 4 * made.model.config.n_layers)
     assert len(fake.launches) + of_torch.n <= a_layer * made.model.config.n_layers + 8, fake.launches
 

@@ -11,7 +11,7 @@ from op_inputs import assert_close, assert_parity, attention_inputs, double, dra
 from test_bench import module, run
 from torch.utils._pytree import tree_map
 
-from lumina_rt import Engine, SamplingParams, engine
+from lumina_rt import Engine, SamplingParams, engine, runner
 from lumina_rt.kv_cache import KVCache
 from lumina_rt.model import Model
 from lumina_rt.multi_step import MultiStep
@@ -109,7 +109,7 @@ def without_waiting(function):
 def test_nothing_waits_for_the_gpu_inside_a_step(checkpoint, monkeypatch, enforce_eager, speculation):
     with pytest.raises(RuntimeError):  # so that a wait would be found
         without_waiting(torch.Tensor.item)(torch.ones(1, device="cuda"))
-    monkeypatch.setattr(engine, "build_step", without_waiting(engine.build_step))
+    monkeypatch.setattr(runner, "build_step", without_waiting(runner.build_step))
     for owner, name in (
         (Model, "forward"), (Sampler, "_draw_group"), (KVCache, "copy_page"), (MultiStep, "run"),
     ):  # fmt: skip
@@ -128,8 +128,8 @@ def test_images_by_graphs_are_those_without(checkpoint, speculation, kv_cache_dt
     options = SMALL | {"quantization": "int8", "speculation": speculation, "kv_cache_dtype": kv_cache_dtype}
     graphed, plain = (Engine.from_pretrained(checkpoint, **options, enforce_eager=eager) for eager in (False, True))
     assert np.array_equal(codes_of(graphed), codes_of(plain))
-    assert graphed.graphs
-    assert not plain.graphs
+    assert graphed.runner.graphs
+    assert not plain.runner.graphs
 
 
 def test_the_pool_fits_into_the_share_of_the_gpu(checkpoint):

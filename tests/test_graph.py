@@ -6,10 +6,11 @@ import torch
 from lumina_rt.kernels import reference
 from op_inputs import randn
 
-from lumina_rt import Engine, engine, graph, sampler, weights
+from lumina_rt import Engine, graph, runner, sampler, weights
 from lumina_rt.graph import MAX_TOKENS, Graphs, bucket_of, buckets
 from lumina_rt.kv_cache import KVCache
 from lumina_rt.model import Step
+from lumina_rt.multi_step import MAX_STEPS
 
 PAGES, PAGE, BLOCKS = 24, 16, 6
 
@@ -132,10 +133,11 @@ def engines(checkpoint, **options):
     options = {"page_size": PAGE, "num_pages": 64, "max_model_len": 256, "device": "cpu"} | options
     plain, graphed = (Engine.from_pretrained(checkpoint, **options) for _ in range(2))
     shape = graphed.model.config
-    graphed.cache = graphed.scheduler.cache = KVCache(
+    graphed.cache = graphed.scheduler.cache = graphed.runner.cache = KVCache(
         shape.n_layers, 65, PAGE, shape.kv_heads, shape.head_dim, torch.float32, "cpu"
     )
-    graphed._record_graphs()
+    graphed.runner.record(graphed.config.max_num_seqs, 256 // PAGE)
+    graphed.scheduler.max_steps = MAX_STEPS
     return plain, graphed
 
 
@@ -161,7 +163,7 @@ def test_images_are_those_of_an_engine_without_graphs(checkpoint, plain_ops, rec
 def test_a_row_of_latents_is_read_once(checkpoint, plain_ops, recorded, monkeypatch):
     plain, graphed = engines(checkpoint, speculation="off")
     expected, reads = plain.generate_image(TEXTS, **SIZE, progress=False), []
-    for module in (engine, sampler):
+    for module in (runner, sampler):
         monkeypatch.setattr(module, "read", lambda tokens: reads.append(len(tokens)) or tokens.tolist())
     found = graphed.generate_image(TEXTS, **SIZE, progress=False)
     assert same_codes(found, expected)

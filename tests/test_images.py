@@ -1,9 +1,7 @@
 """Files of a user are safe to open, and a picture is fitted as the model was trained, but for the crop."""
 
-import base64
 import io
 import os
-import re
 import struct
 import zlib
 
@@ -12,7 +10,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo, iTXt
 
-from lumina_rt.images import best_size, fit, half_blocks, kitty, open_image, read_settings, save_png, to_pixels
+from lumina_rt.images import best_size, fit, open_image, read_settings, save_png, to_pixels
 from lumina_rt.unirep import candidate_sizes
 
 SIZES = candidate_sizes(512)
@@ -423,43 +421,3 @@ def test_places_that_cannot_be_written_are_told(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written"):
         save_png(picture(), tmp_path / "file" / "a.png", force=True)
-
-
-def test_half_blocks_show_two_rows_of_pixels_a_line():
-    picture = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(2, 2, 3))
-    assert half_blocks(picture, 80, 24) == [
-        "\x1b[38;2;0;1;2;48;2;6;7;8m\u2580\x1b[38;2;3;4;5;48;2;9;10;11m\u2580\x1b[0m"
-    ]
-
-
-@pytest.mark.parametrize("size", [(768, 768), (1536, 384), (384, 1536), (40, 20), (1, 1), (300, 1), (1, 300)])
-def test_half_blocks_fit_the_terminal_and_keep_the_shape(size):
-    lines = half_blocks(Image.new("RGB", size), 80, 24)
-    columns = lines[0].count("\u2580")
-    assert 1 <= len(lines) <= 24
-    assert 1 <= columns <= 80
-    assert all(line.count("\u2580") == columns for line in lines)
-    if min(size) > 1:
-        assert columns / (2 * len(lines)) == pytest.approx(size[0] / size[1], rel=0.1)
-        assert columns == min(size[0], 80, int(48 * size[0] / size[1]))
-
-
-@pytest.mark.parametrize("size", [(768, 768), (1536, 384), (40, 20), (1, 1), (1, 300)])
-def test_kittys_protocol_carries_the_whole_picture_into_the_cells_of_half_blocks(size):
-    sent = picture(*size)
-    lines = kitty(sent, 80, 24)
-    blocks = half_blocks(sent, 80, 24)
-    assert len(lines) == len(blocks)
-    assert not any(lines[:-1])
-    height = len(lines)
-    moves = (f"\x1b[{height - 1}F", f"\x1b[{height - 1}E") if height > 1 else ("", "")
-    assert lines[-1].startswith(moves[0] + "\x1b_G")
-    assert lines[-1].endswith("\x1b\\" + moves[1])
-    chunks = re.findall(r"\x1b_G([^;]*);([^\x1b]*)\x1b\\", lines[-1])
-    first = dict(pair.split("=") for pair in chunks[0][0].split(","))
-    assert (first["a"], first["f"], first["c"], first["r"]) == ("T", "100", str(blocks[0].count("\u2580")), str(height))
-    assert first["m"] == str(int(len(chunks) > 1))
-    assert [keys for keys, _ in chunks[1:]] == ["m=1"] * (len(chunks) - 2) + ["m=0"] * (len(chunks) > 1)
-    assert all(len(data) <= 4096 and len(data) % 4 == 0 for _, data in chunks)
-    shown = Image.open(io.BytesIO(base64.b64decode("".join(data for _, data in chunks))))
-    assert np.array_equal(np.asarray(shown), np.asarray(sent))

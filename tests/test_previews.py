@@ -5,10 +5,11 @@ from concurrent.futures import Future
 
 import numpy as np
 import pytest
+import torch
 from test_engine import assert_nothing_is_left
 
 from lumina_rt import ImageRow, Preview, RequestOutput, SamplingParams
-from lumina_rt.previews import UNDRAWN
+from lumina_rt.previews import UNDRAWN, give_way
 
 IMAGE = SamplingParams(num_images=1, size=(64, 160), seed=3)  # 10 rows of 4 codes
 
@@ -127,3 +128,14 @@ def test_every_task_takes_preview_every(engine):
     for call in (engine.chat, lambda prompt, **options: engine.generate_image(prompt, 64, 64, **options)):
         with pytest.raises(ValueError, match="preview_every is 0"):
             call("a dog", preview_every=0)
+
+
+@pytest.mark.parametrize("in_use", [True, False])
+def test_the_thread_of_previews_has_a_stream_of_its_own_where_a_gpu_is_in_use(monkeypatch, in_use):
+    streams = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: in_use)
+    monkeypatch.setattr(torch.cuda, "Stream", object)
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    monkeypatch.setattr("os.nice", lambda n: n)  # this thread is the tests' own
+    give_way()
+    assert len(streams) == in_use

@@ -91,7 +91,7 @@ class Traffic:
         vqgan = SimpleNamespace(config=SimpleNamespace(factor=16))
         self.model = TokenModel(tokenizer.vocab.size)
         self.engine = Engine(self.model, tokenizer, vqgan, config, target_sizes=(64, 32))
-        self.engine.sampler = AnyLegal(tokenizer, seed)
+        self.engine.runner.sampler = AnyLegal(tokenizer, seed)
         self.engine.decode_codes = lambda codes: None
         self.scheduler, self.pool = self.engine.scheduler, self.engine.scheduler.pool
         self.plan: list[Work] = []

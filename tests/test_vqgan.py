@@ -446,3 +446,13 @@ def test_any_integer_dtype_of_codes_will_do(tiny):
     codes = torch.tensor([[[0, 19], [7, 1]]])
     for dtype in (torch.uint8, torch.int16, torch.int32):
         assert torch.equal(tiny.decode(codes.to(dtype)), tiny.decode(codes))
+
+
+def test_the_encoder_rounds_nothing_to_tf32_and_leaves_the_setting_as_it_was():
+    vqgan, seen = VQGAN(TINY), []
+    vqgan.encoder.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    before = torch.backends.cudnn.allow_tf32
+    vqgan.encode(torch.zeros(1, 3, 64, 64))
+    assert before
+    assert seen == [False]
+    assert torch.backends.cudnn.allow_tf32
