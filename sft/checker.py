@@ -5,7 +5,8 @@ It knows the colours and outlines that the world draws with, and nothing of scen
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
+from itertools import product
 
 import numpy as np
 from lumina_rt.sft import world
@@ -104,24 +105,38 @@ def _name(coverage: np.ndarray, color: str) -> Found:
     height, width = coverage.shape
     shown = coverage >= min(0.5, coverage.max())
     rows, columns = np.flatnonzero(shown.any(1)), np.flatnonzero(shown.any(0))
-    cut = coverage[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    fits = {shape: _fit(cut, shape) for shape in world.SHAPES}
+    bounds = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+    fits = {shape: _fit(coverage, bounds, shape) for shape in world.SHAPES}
     shape = max(fits, key=fits.get)
     return Found(
         shape if fits[shape] >= LEAST_FIT else "blob",
         color,
-        (columns[0] + columns[-1] + 1) / 2 / width,
-        (rows[0] + rows[-1] + 1) / 2 / height,
+        (bounds[0] + bounds[2]) / 2 / width,
+        (bounds[1] + bounds[3]) / 2 / height,
         float(coverage.mean()),
         fits[shape],
     )
 
 
-def _fit(cut: np.ndarray, shape: str) -> float:
-    """Intersection over union of a cut-out thing and an outline stretched to its size, both by coverage."""
-    height, width = cut.shape
-    expected = np.asarray(_outline(shape).resize((width, height), Image.Resampling.BOX)) / 255
-    return float(np.minimum(cut, expected).sum() / np.maximum(cut, expected).sum())
+def _fit(coverage: np.ndarray, bounds: tuple[int, int, int, int], shape: str) -> float:
+    """Intersection over union of a thing and an outline stretched to its bounds, both by coverage.
+
+    The tips of a star cover less than half of a pixel, so that a thing may reach one pixel further on each side than
+    what is seen of it: the best of these bounds counts.
+    """
+    height, width = coverage.shape
+    best = 0.0
+    for left, top, right, bottom in product((0, 1), repeat=4):
+        left, top, right, bottom = bounds[0] - left, bounds[1] - top, bounds[2] + right, bounds[3] + bottom
+        if left >= 0 and top >= 0 and right <= width and bottom <= height:
+            cut, expected = coverage[top:bottom, left:right], _stretched(shape, right - left, bottom - top)
+            best = max(best, float(np.minimum(cut, expected).sum() / np.maximum(cut, expected).sum()))
+    return best
+
+
+@lru_cache(maxsize=4096)
+def _stretched(shape: str, width: int, height: int) -> np.ndarray:
+    return np.asarray(_outline(shape).resize((width, height), Image.Resampling.BOX)) / 255
 
 
 @cache
