@@ -8,8 +8,8 @@
 constexpr int KEYS = 128;       // of a chunk
 constexpr int LINES = 4;        // that share loads of keys and values
 constexpr int BAND_LINES = 64;  // of a task, for each of its heads
-constexpr int HEADS = 16;       // of a task
-constexpr int SOON = 8;         // keys between what is asked of memory and what is multiplied
+constexpr int HEADS = 32;       // of a task: two pages of memory a token, so that it is read in long runs
+constexpr int SOON = 4;         // keys between what is asked of memory and what is multiplied
 
 // K: what keys and values are kept in.
 template <class K>
