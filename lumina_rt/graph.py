@@ -99,6 +99,7 @@ class Graphs:
 def record(runs: Iterable[Callable[[], Tensor]]) -> Iterator[tuple[Callable[[], None], Tensor]]:
     """Record a graph of each. Gives what replays it, and the tensor that every replay writes."""
     pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+    own = torch.cuda.Stream()  # torch's default one for recording is the same for all threads
     for run in runs:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -106,6 +107,6 @@ def record(runs: Iterable[Callable[[], Tensor]]) -> Iterator[tuple[Callable[[], 
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # What other threads do with the GPU meanwhile, another Engine's for one, is no part of it.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, stream=own, capture_error_mode="thread_local"):
             hidden = run()
         yield graph.replay, hidden

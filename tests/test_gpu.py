@@ -20,7 +20,11 @@ from lumina_rt.sampler import Sampler
 pytest.importorskip("triton", reason="Triton is not installed; it is on Linux with the extra `test`")
 from lumina_rt.kernels import cuda
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU here")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU here"),
+    pytest.mark.timeout(600),  # the first run of a kernel compiles it
+]
 BF16 = torch.bfloat16
 HIDDEN, HEADS, HEAD_DIM, INTERMEDIATE = 4096, 32, 128, 11008  # of 7B
 SMALL = {"device": "cuda", "page_size": 16, "num_pages": 256, "max_model_len": 1024, "max_num_seqs": 8}
