@@ -162,7 +162,9 @@ def _parser() -> argparse.ArgumentParser:
     command = _command(commands, "multiview", _multiview, "make pictures of one object from all sides")
     command.add_argument("prompt", metavar="PROMPT", help="the object")
     command.add_argument("--views", type=int, default=16, metavar="N", help="how many (default: 16)")
-    command.add_argument("--size", dest="side", type=int, default=384, metavar="N", help="pixels a side (default: 384)")
+    command.add_argument(
+        "--size", dest="side", type=int, metavar="N", help="pixels a side (default: the smallest that the model knows)"
+    )
     _add_options(command, _IMAGE_CONTROLS)
 
     command = _command(commands, "chat", _chat, "talk about text and pictures; without a MESSAGE, line by line")
@@ -426,7 +428,7 @@ def _multiview(args):
     output = engine.multiview(args.prompt, args.views, args.side, **_shown(args, previews), **controls)
     asked = {"prompt": args.prompt, "views": args.views}
     result = _save(args, output, paths, asked, controls)
-    settings = _settings(args, output, asked, controls) | {"size": [args.side, args.side]}
+    settings = _settings(args, output, asked, controls) | {"size": list(output.images[0].size)}
     images.save_png(images.contact_sheet(output.images), sheet, settings, force=args.force)
     return _report(args, [result | {"files": [str(sheet), *result["files"]]}])
 

@@ -266,8 +266,12 @@ class Engine:
         """Make a picture of `caption` that follows a depth map, segmentation, normal map or pose."""
         return self._image_to_image(prompts.from_condition(caption), image, controls)
 
-    def multiview(self, prompt: str, views: int = 16, size: int = 384, **controls) -> RequestOutput:
-        """Make `views` pictures of one object from all sides, in one answer."""
+    def multiview(self, prompt: str, views: int = 16, size: int | None = None, **controls) -> RequestOutput:
+        """Make `views` pictures of one object from all sides, in one answer.
+
+        size: pixels a side (default: the smallest square that the model knows, 384 of the released ones).
+        """
+        size = min(width for width, height in self.sizes if width == height) if size is None else size
         params = {"num_images": views, "size": (size, size), **controls}
         return self._answer(Message("user", prompts.multiview(prompt, views, size)), params)
 

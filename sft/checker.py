@@ -17,6 +17,7 @@ from scipy import ndimage
 CHROMA = 75  # backgrounds stay below 55 between their largest and their smallest channel, things above 110
 LEAST_AREA = 0.005  # of the picture; the smallest thing, a small star, covers 0.01
 LEAST_FIT = 0.55  # intersection over union of a thing and the outline that it is taken for
+MOST_ASPECT = 1.5  # of its bounds; things are drawn in squares, and two circles that touch are no circle
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,10 @@ def _name(coverage: np.ndarray, color: str) -> Found:
     bounds = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
     fits = {shape: _fit(coverage, bounds, shape) for shape in world.SHAPES}
     shape = max(fits, key=fits.get)
+    sides = bounds[2] - bounds[0], bounds[3] - bounds[1]
+    is_thing = fits[shape] >= LEAST_FIT and max(sides) <= MOST_ASPECT * min(sides)
     return Found(
-        shape if fits[shape] >= LEAST_FIT else "blob",
+        shape if is_thing else "blob",
         color,
         (bounds[0] + bounds[2]) / 2 / width,
         (bounds[1] + bounds[3]) / 2 / height,

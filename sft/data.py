@@ -6,21 +6,25 @@ A file holds `tokens` (int32, all conversations in a row), `learned` (uint8, 1 w
 
 import argparse
 import json
+import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 import numpy as np
 import torch
 from lumina_rt.sft.tasks import TASKS, Turns
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from lumina_rt import unirep
-from lumina_rt.images import to_pixels
-from lumina_rt.prompts import IMAGE_MARK
+from lumina_rt import prompts, unirep
+from lumina_rt.checkpoint import CheckpointError
+from lumina_rt.images import fit, open_image, to_pixels
+from lumina_rt.prompts import IMAGE_MARK, Message
 from lumina_rt.tokenizer import Tokenizer
 from lumina_rt.unirep import candidate_sizes
 from lumina_rt.vqgan import VQGAN
@@ -183,23 +187,81 @@ def dialogs_of(shares: dict[str, float], targets: Sequence[int], factor: int, n:
         yield TASKS[task](rng, size)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m lumina_rt.sft.data", description="Tokenise procedural dialogs.")
+def read_dialogs(path: Path, sizes: Sequence[tuple[int, int]]) -> Iterator[Turns]:
+    """Read dialogs of your own from JSON lines: each a picture with its caption, or turns with the assistant last.
+
+        {"image": "cat.jpg", "caption": "a cat on a red sofa"}
+        [{"role": "user", "content": "What is it?", "images": ["cat.jpg"]}, {"role": "assistant", "content": "A cat."}]
+
+    Pictures are files, named from where `path` lies. Each is fitted to the best of `sizes` for it, in pixels, and the
+    prompt of a caption tells that size, as the runtime does (paper, sections 2.2.1 and 2.2.2). Raises ValueError,
+    naming the line.
+    """
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            yield _dialog(json.loads(line), path.parent, sizes)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+
+
+def _dialog(value: object, folder: Path, sizes: Sequence[tuple[int, int]]) -> Turns:
+    if isinstance(value, dict):
+        if value.keys() != {"image", "caption"}:
+            raise ValueError(f"the keys {sorted(value)}; expected image and caption, or a list of turns")
+        image = fit(open_image(folder / str(value["image"])), sizes)
+        asked = Message("user", prompts.text_to_image(value["caption"], *image.size))
+        value = [asked, Message("assistant", IMAGE_MARK, (image,))]
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{type(value).__name__}; expected image and caption, or a list of turns")
+    *turns, _ = prompts.as_conversation([*value, Message("user", "go on")])  # so checked, and ends with an answer
+    return tuple(
+        replace(turn, images=tuple(fit(open_image(_found(image, folder)), sizes) for image in turn.images))
+        for turn in turns
+    )
+
+
+def _found(image: str | Image.Image, folder: Path) -> Path | Image.Image:
+    return folder / image if isinstance(image, str) else image
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m lumina_rt.sft.data", description="Tokenise dialogs, your own or of the procedural world."
+    )
     parser.add_argument("output", type=Path)
     parser.add_argument("--model", type=Path, required=True, help="a folder with tokenizer.json and vqgan.safetensors")
-    parser.add_argument("--tasks", type=json.loads, required=True, help='shares, as {"text_to_image": 3, "talk": 1}')
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--dialogs", type=Path, metavar="JSONL", help="your own, see `read_dialogs`")
+    source.add_argument("--tasks", type=json.loads, help='shares of what is drawn, as {"text_to_image": 3, "talk": 1}')
     parser.add_argument("--targets", type=int, nargs="+", required=True, help="areas of the pictures, by their root")
-    parser.add_argument("-n", type=int, required=True)
+    parser.add_argument("-n", type=int, help="how many to draw of --tasks")
     parser.add_argument("--seed", default="0")
     args = parser.parse_args(argv)
-    if unknown := args.tasks.keys() - TASKS.keys():
-        parser.error(f"unknown task {sorted(unknown)[0]!r}; expected some of {', '.join(TASKS)}")
-    vqgan = VQGAN.from_pretrained(args.model)
-    tokenizer = Tokenizer.from_file(args.model / "tokenizer.json")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    dialogs = dialogs_of(args.tasks, args.targets, vqgan.config.factor, args.n, f"{args.output.stem} {args.seed}")
-    write(args.output, dialogs, args.n, tokenizer, vqgan)
+    if args.tasks is not None:
+        if not isinstance(args.tasks, dict) or not args.tasks:
+            parser.error(f"--tasks is {json.dumps(args.tasks)}; expected shares by the names of tasks")
+        if unknown := args.tasks.keys() - TASKS.keys():
+            parser.error(f"unknown task {sorted(unknown)[0]!r}; expected some of {', '.join(TASKS)}")
+        if args.n is None or args.n < 1:
+            parser.error(f"-n is {args.n}; expected how many dialogs to draw, at least 1")
+    try:
+        vqgan = VQGAN.from_pretrained(args.model)
+        tokenizer = Tokenizer.from_file(args.model / "tokenizer.json")
+        factor = vqgan.config.factor
+        if args.dialogs:
+            sizes = [size for target in args.targets for size in candidate_sizes(target, patch=2 * factor)]
+            # Twice: the first reading names a line that is wrong before an hour of encoding.
+            n = sum(1 for _ in read_dialogs(args.dialogs, sizes))
+            dialogs = read_dialogs(args.dialogs, sizes)
+        else:
+            n, dialogs = args.n, dialogs_of(args.tasks, args.targets, factor, args.n, f"{args.output.stem} {args.seed}")
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        write(args.output, dialogs, n, tokenizer, vqgan)
+    except (CheckpointError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

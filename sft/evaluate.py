@@ -20,6 +20,7 @@ from lumina_rt.sft.world import Scene, Thing
 from PIL import Image
 
 from lumina_rt import Engine, Message, SamplingParams, prompts
+from lumina_rt.checkpoint import CheckpointError
 from lumina_rt.engine import IMAGE_TO_IMAGE
 
 CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attribution")
@@ -185,12 +186,15 @@ def editing_in_two_turns(engine: Engine, n: int) -> float:
 
 
 def from_condition(engine: Engine, n: int) -> float:
-    """The share of pictures, drawn from a segmentation or a depth map, with every thing as told and in its place."""
+    """The share of pictures, drawn from a segmentation or a depth map, with every thing as told and in its place.
+
+    The words tell the background, which no map shows.
+    """
     scenes = _scenes(engine, n, "condition")
     questions = []
     for i, (scene, size) in enumerate(scenes):
         draw_map = (world.segmentation, world.depth)[i % 2]
-        words = prompts.from_condition(captions.caption(Random(i), scene))
+        words = prompts.from_condition(captions.caption(Random(i), scene, background=True))
         questions.append(Message("user", words, (draw_map(scene, *size),)))
     drawn = _draw(engine, questions, scenes)
     return float(np.mean([_shows(image, scene) for image, (scene, _) in zip(drawn, scenes, strict=True)]))
@@ -364,8 +368,14 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument("--" + name.replace("_", "-"), type=float, default=argparse.SUPPRESS)
     parser.add_argument("--top-k", type=int, default=argparse.SUPPRESS)
     args = vars(parser.parse_args(argv))
-    engine = Engine.from_pretrained(args.pop("model"))
-    result = evaluate(engine, args.pop("n"), args.pop("n_task"), args.pop("tasks"), **args)
+    for name, least in (("n", len(CATEGORIES)), ("n_task", 1)):
+        if args[name] < least:
+            parser.error(f"{name} is {args[name]}; expected at least {least}")
+    try:
+        engine = Engine.from_pretrained(args.pop("model"))
+        result = evaluate(engine, args.pop("n"), args.pop("n_task"), args.pop("tasks"), **args)
+    except (CheckpointError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from None
     rows = {"text to image, overall": result["overall"]}
     rows |= {f"  {name}": value for part in ("categories", "sizes") for name, value in result[part].items()}
     for name, value in (rows | result["tasks"]).items():

@@ -71,6 +71,9 @@ class TrainingConfig:
     def __post_init__(self):
         if self.dtype not in weights.DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; expected one of {', '.join(weights.DTYPES)}")
+        for name in ("steps", "batch_tokens", "accumulate", "lr", "clip", "save_every"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
 
 
 def autocast(device: str, dtype: torch.dtype):
@@ -191,10 +194,12 @@ class Trainer:
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss of step {self.step} is {loss}; the state of the last save is kept")
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
+        if not math.isfinite(norm := float(norm)):
+            raise FloatingPointError(f"the gradient of step {self.step} is {norm}; the state of the last save is kept")
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        record = {"step": self.step, "loss": loss, "grad_norm": float(norm), "lr": self.lr(self.step)}
+        record = {"step": self.step, "loss": loss, "grad_norm": norm, "lr": self.lr(self.step)}
         self.step += 1
         return record | {"tokens": int(n_learned)}
 

@@ -100,6 +100,13 @@ def test_a_thing_too_many_or_too_few_is_told():
     assert names(world.picture(Scene((), ("white", "black")), 64, 64)) == []
 
 
+def test_two_equal_things_that_touch_are_no_thing():
+    image = world.picture(Scene((Thing("circle", "cyan", "small", 0.3, 0.5),), ("white",)), 80, 80)
+    (left, top, right, bottom) = Thing("circle", "cyan", "small", 0.3, 0.5).box(80, 80)
+    image.paste(image.crop((left, top, right, bottom)), (right - 1, top))
+    assert names(image) == ["cyan blob"]
+
+
 def test_what_is_no_outline_of_the_world_is_a_blob():
     pixels = np.full((64, 64, 3), BACKGROUNDS["white"], dtype=np.uint8)
     pixels[10:50, 10:16] = pixels[44:50, 10:50] = COLORS["blue"]

@@ -13,8 +13,8 @@ from lumina_rt.sft.data import IGNORED, Batches, Dialogs, collate, encode_turns
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from lumina_rt import unirep
-from lumina_rt.images import to_pixels
+from lumina_rt import prompts, unirep
+from lumina_rt.images import fit, to_pixels
 from lumina_rt.prompts import IMAGE_MARK, Message, encode_conversation
 from lumina_rt.tokenizer import Tokenizer
 from lumina_rt.unirep import candidate_sizes
@@ -247,6 +247,69 @@ def test_the_command_writes_the_dialogs_that_it_was_asked_for(checkpoint, tokeni
     assert all(np.array_equal(first[name], same[name]) for name in first)
     assert not np.array_equal(first["tokens"], other["tokens"])
     assert len(Dialogs([tmp_path / "deep" / "a.one"]).rows) == 6
+
+
+def test_dialogs_of_ones_own_are_fitted_to_their_best_size_and_laid_out_as_the_runtime_asks(
+    checkpoint, tokenizer, vqgan, tmp_path
+):
+    rng = np.random.default_rng(0)
+    for name, shape in (("wide.png", (50, 130, 3)), ("tall.jpg", (300, 90, 3))):
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(tmp_path / name)
+    lines = [
+        {"image": "wide.png", "caption": "a cat"},
+        [
+            {"role": "user", "content": "What is it?", "images": ["tall.jpg"]},
+            {"role": "assistant", "content": "A <s> cat."},
+        ],
+    ]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    path = tmp_path / "own.safetensors"
+    given = ("--model", str(checkpoint), "--dialogs", str(tmp_path / "own.jsonl"), "--targets", "64")
+    assert data.main([str(path), *given]) == 0
+    sizes = candidate_sizes(64, patch=2 * vqgan.config.factor)
+    wide, tall = (fit(Image.open(tmp_path / name), sizes) for name in ("wide.png", "tall.jpg"))
+    assert wide.width > wide.height
+    assert tall.width < tall.height
+    turns = (
+        (Message("user", prompts.text_to_image("a cat", *wide.size)), Message("assistant", IMAGE_MARK, (wide,))),
+        (Message("user", f"{IMAGE_MARK} What is it?", (tall,)), Message("assistant", "A <s> cat.")),
+    )
+    rows = [
+        encode_turns(turn, iter(data.encode_images([image], vqgan)), tokenizer)
+        for turn, image in zip(turns, (wide, tall), strict=True)
+    ]
+    for (tokens, learned), (wanted, targets) in zip(Dialogs([path]).rows, rows, strict=True):
+        assert tokens.tolist() == wanted
+        assert learned.tolist() == targets
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"image": "a.png"}', "line 1: the keys ['image']; expected image and caption"),
+        ('{"image": "a.png", "caption": "a cat"}', "is not a file"),
+        ('{"image": "dot.png", "caption": "<|image|>"}', "prompt contains <|image|>"),
+        ('[{"role": "user", "content": "a"}]', "line 1: message 1 has the role 'user'; expected 'assistant'"),
+        ("[]", "line 1: list; expected image and caption"),
+        ("3", "line 1: int; expected"),
+        ("{", "line 1: Expecting"),
+    ],
+)
+def test_a_line_that_is_no_dialog_is_named_and_nothing_is_written(checkpoint, tmp_path, capsys, line, message):
+    Image.new("RGB", (9, 9)).save(tmp_path / "dot.png")
+    (tmp_path / "own.jsonl").write_text(line)
+    given = ("--model", str(checkpoint), "--dialogs", str(tmp_path / "own.jsonl"), "--targets", "64")
+    assert data.main([str(tmp_path / "out" / "a"), *given]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("tasks", ["[1]", "{}"])
+def test_the_command_refuses_shares_that_are_none(checkpoint, tmp_path, tasks):
+    with pytest.raises(SystemExit, match="2"):
+        data.main([str(tmp_path / "a"), "--model", str(checkpoint), "--tasks", tasks, "--targets", "64", "-n", "6"])
 
 
 def test_the_command_refuses_a_task_that_there_is_not(checkpoint, tmp_path, capsys):
