@@ -1,5 +1,6 @@
 """Which device, and which op list for it: chosen once, when an Engine is made."""
 
+import importlib.metadata
 import importlib.util
 from types import ModuleType
 
@@ -7,6 +8,9 @@ import torch
 
 from lumina_rt.kernels import cpu
 from lumina_rt.params import EngineConfig
+
+# The next one reads the lengths on the host, which makes it wait and cannot be captured in a graph.
+FLASH_VERSION = "2.8.3"
 
 
 def default_device() -> str:
@@ -51,6 +55,8 @@ def flash_refusal(config: EngineConfig, dtype: torch.dtype, head_dim: int) -> st
     """Why flash-attn cannot be had, or None."""
     if importlib.util.find_spec("flash_attn") is None:
         return "flash-attn is not installed"
+    if not (version := importlib.metadata.version("flash_attn")).startswith(FLASH_VERSION):
+        return f"flash-attn wants to be of version {FLASH_VERSION}, it is {version}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"flash-attn wants a model in 16 bits, this one is in {str(dtype).removeprefix('torch.')}"
     if config.kv_cache_dtype:

@@ -372,6 +372,7 @@ def _generate(args):
     else:
         sampling = {name: value for name, value in controls.items() if name != "n"}
         outputs = engine.generate_image(texts, args.width, args.height, controls["n"], **shown, **sampling)
+    previews.finish()
     results = []
     for i, (text, output) in enumerate(zip(texts, outputs, strict=True)):
         asked = {"prompt": text} | ({"condition": args.condition} if condition else {})
@@ -412,6 +413,7 @@ def _image_to_image(args, asked: dict, task, *words: str):
     engine = _engine(args)
     controls = _controls(args, IMAGE_TO_IMAGE, engine)
     output = task(engine, picture, *words, **_shown(args, previews), **controls)
+    previews.finish()
     return _report(args, [_save(args, output, paths, asked, controls)])
 
 
@@ -426,6 +428,7 @@ def _multiview(args):
     engine = _engine(args)
     controls = _controls(args, None, engine)
     output = engine.multiview(args.prompt, args.views, args.side, **_shown(args, previews), **controls)
+    previews.finish()
     asked = {"prompt": args.prompt, "views": args.views}
     result = _save(args, output, paths, asked, controls)
     settings = _settings(args, output, asked, controls) | {"size": list(output.images[0].size)}
@@ -461,6 +464,7 @@ def _chat(args):
             [*dialog, question], progress=is_drawn and not args.quiet, callback=show, preview_every=previews.every,
             **controls,
         )  # fmt: skip
+        previews.finish()
         answer = output.answers[0]
         paths = _free_paths(Path(args.output), len(answer.images))
         results.append(_save(args, output, paths, {"prompt": text, "images": args.image}, controls))

@@ -301,8 +301,8 @@ class Engine:
         with self._awaiting:
             request.wake = wake
             if not self._is_looping:
-                self._is_looping = True
                 threading.Thread(target=self._loop, name="steps", daemon=True).start()
+                self._is_looping = True  # only now: where no thread can be had, the next caller tries again
 
     def _loop(self) -> None:
         while True:
@@ -326,7 +326,8 @@ class Engine:
             if plan:
                 begun = time.perf_counter()
                 drawn, n_tokens = self.runner.run(plan)
-                if drawn:  # a GPU may still be at work on a chunk of a prompt, of which nothing is drawn
+                # Prompts are no measure of a window: theirs are the first steps, and touch memory for the first time.
+                if all(work.request.prefilled for work in plan):
                     self.scheduler.pace.observe(n_tokens, (time.perf_counter() - begun) / plan[0].n_steps)
                 for work, tokens in zip(plan, self.scheduler.commit(plan, drawn), strict=True):
                     for token in tokens:
@@ -359,7 +360,7 @@ class Engine:
                 self._forget(request)
 
     def _leave(self, requests: list[Request], reason: str | None = None) -> None:
-        """End requests: at once where no step runs, else after the one that does. Never waits."""
+        """End requests: at once where no step runs, else after the one that does, which is not waited for."""
         self._leaving.extend((request, reason) for request in requests)
         if self._stepping.acquire(blocking=False):
             try:
@@ -385,6 +386,9 @@ class Engine:
             limit = self.config.max_model_len
             raise ValueError(f"the prompt has {len(prompt)} tokens; expected fewer than {limit} (max_model_len)")
         n_answer = answer_length(params, self.grammar, room)
+        if not params.num_images:  # an answer of no known length takes what the pool can give it
+            n_pool = self.scheduler.longest_row(params, self.grammar.layouts[-1].n_tokens)
+            n_answer = min(n_answer, max(1, n_pool - len(prompt)))
         if params.n > self.config.max_num_seqs:  # told before as many samples are made
             limit = self.config.max_num_seqs
             raise ValueError(f"the request needs at least {params.n} rows; max_num_seqs is {limit}")

@@ -116,9 +116,14 @@ class Lease:
         self.pool.reserve(n)
         self.n_left += n
 
+    def keep(self, n: int) -> None:
+        """Give back all but `n` pages of what is left."""
+        n_over = max(0, self.n_left - n)
+        self.pool.unreserve(n_over)
+        self.n_left -= n_over
+
     def close(self) -> None:
-        self.pool.unreserve(self.n_left)
-        self.n_left = 0
+        self.keep(0)
 
 
 @dataclass

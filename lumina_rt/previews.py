@@ -28,8 +28,15 @@ class Previews:
         self._thread = ThreadPoolExecutor(1, "previews", initializer=give_way)
 
     def begin(self, request: Request, sample: int, image: int, layout: Layout, codes: np.ndarray) -> None:
-        """Have the finished rows of an image decoded, unless a preview of this request is still in the making."""
-        if request.preview is None:
+        """Have the finished rows of an image decoded, unless a preview of this request is still in the making.
+
+        The samples of a request take turns, as the first of them would else be the only one to be seen.
+        """
+        n = len(request.samples)
+        turns = ((request.previewed + i) % n for i in range(1, n + 1))
+        due = next((i for i in turns if not request.samples[i].finish_reason), sample)
+        if request.preview is None and sample == due:
+            request.previewed = sample
             request.preview = self._thread.submit(self._draw, request.request_id, sample, image, layout, codes)
 
     def take(self, request: Request) -> Preview | None:

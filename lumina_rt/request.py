@@ -222,6 +222,7 @@ class Request:
     events: deque
     preview_every: int | None = None
     preview: Future | None = None  # the one in the making
+    previewed: int = -1  # the sample of the last one
     wake: Callable[[], None] | None = None
     arrived: float = field(default_factory=time.perf_counter)
     admitted: float | None = None

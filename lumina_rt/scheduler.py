@@ -15,7 +15,7 @@ import torch
 from lumina_rt.kv_cache import KVCache, PagePool, PrefixStore, Row
 from lumina_rt.model import Step, upload
 from lumina_rt.multi_step import Ahead
-from lumina_rt.params import EngineConfig
+from lumina_rt.params import EngineConfig, SamplingParams
 from lumina_rt.request import Request, Sample
 from lumina_rt.speculative import Pace, accepted
 
@@ -65,6 +65,12 @@ class Scheduler:
             raise ValueError(
                 f"the request needs {pages} pages of {self.config.page_size} tokens; the pool has {self.pool.num_pages}"
             )
+
+    def longest_row(self, params: SamplingParams, n_largest_image: int) -> int:
+        """Tokens of a conditional row, prompt and answer, for which the whole pool has pages."""
+        page_size, can_draw = self.config.page_size, params.num_images != 0
+        n_uncond = -(-n_largest_image // page_size) if can_draw and params.guidance_scale != 1 else 0
+        return (self.pool.num_pages // params.n - n_uncond) * page_size
 
     def add(self, request: Request) -> None:
         """Queue a request that `check` let pass."""
@@ -156,7 +162,8 @@ class Scheduler:
     def settle(self, request: Request, sample: Sample) -> None:
         """Give back the pages that a sample needs no more: of finished images, and its own when it is finished.
 
-        The row of a finished sample is kept as a prefix for as long as nobody needs its pages.
+        The row of a finished sample is kept as a prefix for as long as nobody needs its pages. What it was promised
+        and did not take is free as well, and so are its places in a step.
         """
         for row in sample.closed:
             request.lease.refund(row)
@@ -164,6 +171,7 @@ class Scheduler:
         if sample.finish_reason:
             self.prefixes.keep(sample.tokens, sample.cond)
             self._clear(sample)
+            request.lease.keep(self._n_live(request) * sum(self._n_pages_of_rows(request)))
 
     def remove(self, request: Request) -> None:
         """Forget a request, finished or not, and give back all its pages."""
@@ -209,16 +217,23 @@ class Scheduler:
     def _n_rows(self, request: Request) -> int:
         leader = request.samples[0]
         is_guided = leader.params.guidance_scale != 1 and leader.n_largest_image > 0
-        return len(request.samples) * (1 + is_guided)
+        return self._n_live(request) * (1 + is_guided)
+
+    def _n_live(self, request: Request) -> int:
+        return sum(not sample.finish_reason for sample in request.samples)
+
+    def _n_pages_of_rows(self, request: Request) -> tuple[int, int]:
+        """The pages of the conditional and of the unconditional row of one sample, at their longest."""
+        page_size, leader = self.config.page_size, request.samples[0]
+        n_uncond = -(-leader.n_largest_image // page_size) if leader.params.guidance_scale != 1 else 0
+        return -(-leader.n_end // page_size), n_uncond
 
     def _n_pages(self, request: Request, n_matched: int) -> int:
         """The pages that a request takes at most, beside those it adopts."""
-        page_size = self.config.page_size
-        n_samples, leader = len(request.samples), request.samples[0]
-        n_cond = -(-leader.n_end // page_size)
-        n_uncond = -(-leader.n_largest_image // page_size) if leader.params.guidance_scale != 1 else 0
-        n_shared = (leader.n_shared - 1) // page_size  # whole pages that all samples have in common
-        return n_samples * (n_cond + n_uncond) - (n_samples - 1) * n_shared - n_matched // page_size
+        page_size, n_samples = self.config.page_size, len(request.samples)
+        n_shared = (request.samples[0].n_shared - 1) // page_size  # whole pages that all samples have in common
+        n_most = n_samples * sum(self._n_pages_of_rows(request))
+        return n_most - (n_samples - 1) * n_shared - n_matched // page_size
 
 
 def build_step(plan: list[Work], page_size: int, device: torch.device) -> Step:

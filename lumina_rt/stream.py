@@ -74,7 +74,7 @@ class Stream:
             self._engine._leaving.append((self._request, None))
 
     def _note(self, event: Event) -> Event:
-        self._is_done = isinstance(event, RequestOutput)
+        self._is_done |= isinstance(event, RequestOutput)
         return event
 
     async def aclose(self) -> None:
@@ -82,9 +82,10 @@ class Stream:
         self.close()
 
     def close(self) -> None:
-        """End the request; its pages are free at once."""
+        """End the request, from any thread; its pages are free at once, or after the step that runs."""
         if not self._is_done:
             self._is_done = True
+            self._request.events.append(StopIteration())  # for another thread that waits for the next event
             self._engine._leave([self._request])
             if self._loop:  # another task may wait for the next event
                 self._wake()

@@ -16,6 +16,8 @@ from lumina_rt import images
 from lumina_rt.outputs import Preview, RequestOutput
 from lumina_rt.previews import give_way
 
+MOST_SHOWN = 64  # pictures, the newest
+
 
 class GrowingSheet:
     """A callback of the Engine that shows images as they grow: in the terminal, and in a file.
@@ -37,17 +39,24 @@ class GrowingSheet:
             return
         if isinstance(event, Preview):
             self.pictures[event.request_id, event.sample, event.image] = event.picture
-            if self._drawing is None or self._drawing.done():
-                self._draw()
         elif isinstance(event, RequestOutput):
             self.pictures |= {
                 (event.request_id, answer.index, i): image
                 for answer in event.answers
                 for i, image in enumerate(answer.images)
             }
-            if self.pictures:
-                self._draw()
-                self._drawing.result()
+        else:
+            return
+        for oldest in list(self.pictures)[:-MOST_SHOWN]:
+            del self.pictures[oldest]
+        if self.pictures and (self._drawing is None or self._drawing.done()):
+            self._draw()
+
+    def finish(self) -> None:
+        """Show all as it is at the end."""
+        if self.pictures and self.every:
+            self._draw()
+            self._drawing.result()
 
     def _draw(self) -> None:
         """Draw all pictures as they are now. Raises what the drawing before raised."""

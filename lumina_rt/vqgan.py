@@ -6,6 +6,7 @@ It knows codes, not tokens; it neither resizes nor crops, so the sides of pixels
 import json
 import os
 import reprlib
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -26,6 +27,7 @@ CONFIG = "vqgan.json"
 _FIXED = {"double_z": False, "attn_resolutions": [], "dropout": 0}
 _MOST_BLOCKS, _MOST = 64, 2**20  # of sizes in a config: beyond, the meta build overflows or takes minutes
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_ENCODING = threading.Lock()  # held while torch's one setting for TF32 is another
 _ROWS = 1024  # latents compared with the codebook at a time: 32 MiB of distances for 8192 codes
 
 
@@ -245,7 +247,7 @@ class VQGAN(nn.Module):
             raise ValueError(f"pixels are {width} x {height}; expected sides that are multiples of {factor}")
         pixels = pixels.to(self.quantize.embedding.weight).contiguous(memory_format=torch.channels_last)
         # A GPU would round to TF32, and the codes of near ties would be others than on a CPU.
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with _ENCODING, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             return self.quant_conv(self.encoder(pixels))
 
     def decode_latents(self, z: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Fixtures that several files share. Random checkpoints stand in for real weights; no test needs a network."""
 
 import importlib.machinery
+import importlib.metadata
 import os
 import sys
 from types import ModuleType
@@ -93,6 +94,10 @@ def flash(monkeypatch):
     module.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
     module.flash_attn_with_kvcache = flash_attn_with_kvcache
     monkeypatch.setitem(sys.modules, "flash_attn", module)
+    version = importlib.metadata.version
+    monkeypatch.setattr(
+        "importlib.metadata.version", lambda name: "2.8.3.post1" if name == "flash_attn" else version(name)
+    )
     monkeypatch.delitem(sys.modules, "lumina_rt.kernels.flash_attention", raising=False)
     from lumina_rt.kernels import flash_attention
 

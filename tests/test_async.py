@@ -149,6 +149,24 @@ def test_a_reader_is_told_when_another_task_closes_its_stream(engine, monkeypatc
     idle(engine)
 
 
+def test_a_stream_that_another_thread_closes_ends_for_the_one_that_reads_it(engine, forwards):
+    stream, begun, ended = engine.stream("a dog", LONG), threading.Event(), []
+
+    def read_on():
+        for _ in stream:
+            begun.set()
+        ended.append(True)
+
+    reader = threading.Thread(target=read_on)
+    reader.start()
+    assert begun.wait(30)
+    stream.close()
+    reader.join(30)
+    assert ended == [True]
+    assert len(forwards) < 400
+    assert_nothing_is_left(engine)
+
+
 def test_abort_ends_an_awaited_request_with_what_it_has(engine):
     async def main():
         stream = engine.stream("a dog", LONG)

@@ -77,6 +77,11 @@ def test_where_a_rule_is_broken_auto_takes_triton_and_flash_is_refused(flash, op
         choose(**options, attn_backend="flash")
 
 
+def test_another_release_of_flash_attn_is_not_taken(flash, monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "2.8.4")
+    assert choose() == (cuda, "Triton; flash-attn wants to be of version 2.8.3, it is 2.8.4")
+
+
 def test_without_flash_attn_auto_takes_triton_and_flash_is_refused(without_flash):
     assert choose() == (cuda, "Triton; flash-attn is not installed")
     with pytest.raises(ValueError, match=r"^attn_backend is 'flash'; flash-attn is not"):

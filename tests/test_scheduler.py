@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_engine import assert_nothing_is_left
 from test_request import assert_whole, legal_draw
 
 from lumina_rt import Engine, EngineConfig, SamplingParams, dummy
@@ -523,6 +524,35 @@ def test_leaving_a_stream_early_gives_all_pages_back(engine):
     for _ in engine.stream("a dog", SamplingParams(num_images=1, size=(64, 64), seed=3)):
         break
     assert pages_back(engine)
+
+
+def test_an_answer_of_no_known_length_takes_what_the_pool_can_give(checkpoint):
+    engine = Engine.from_pretrained(checkpoint, device="cpu", page_size=16, num_pages=8, max_model_len=1024)
+    n_prompt = 1 + len(engine.tokenizer.encode("hello")) + 1
+    for n, guidance in ((1, 1.0), (2, 1.0), (1, 4.0)):
+        params = SamplingParams(num_images=0, n=n, guidance_scale=guidance, seed=0)
+        (output,) = engine.generate(["hello"], params, progress=False)
+        assert all(0 < len(answer.token_ids) <= 8 * 16 // n - n_prompt for answer in output.answers)
+    with pytest.raises(ValueError, match="pages of 16 tokens; the pool has 8"):
+        engine.generate(["hello " * 100], params, progress=False)
+
+
+def test_an_answer_that_is_finished_leaves_its_places_and_promised_pages_to_others(checkpoint):
+    engine = Engine.from_pretrained(checkpoint, device="cpu", page_size=16, num_pages=128, max_num_seqs=4)
+    scheduler, text = engine.scheduler, SamplingParams(num_images=0, max_tokens=400, n=4, seed=0)
+    first = engine._submit("hello", text, deque())
+    while not first.has_forked:
+        engine.step()
+    for sample in first.samples[1:]:
+        sample.finish_reason = "stop"
+        scheduler.settle(first, sample)
+    assert scheduler.pool.n_free > 60
+    second = engine._submit("hello", SamplingParams(num_images=0, max_tokens=4, n=3, seed=0), deque())
+    engine.step()
+    assert second in scheduler.running
+    while engine.step():
+        pass
+    assert_nothing_is_left(engine)
 
 
 def test_a_request_that_can_never_fit_is_one_error_and_the_rest_is_not_begun(checkpoint):
