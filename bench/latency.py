@@ -13,6 +13,7 @@ is that of a copy. The last line of stdout is one JSON object.
 
 import argparse
 import gc
+import importlib.util
 import json
 import math
 import statistics
@@ -26,7 +27,7 @@ import torch
 from lumina_rt.kernels.quantization import BITS
 from tqdm import tqdm
 
-from lumina_rt import Engine, ImageRow, SamplingParams, dummy, hub, prompts, weights
+from lumina_rt import Engine, ImageRow, dummy, hub, prompts, weights
 from lumina_rt.tokenizer import Tokenizer
 from lumina_rt.vqgan import VQGANConfig
 
@@ -47,7 +48,7 @@ PUBLISHED_VQGAN = VQGANConfig()
 def checkpoint(args, folder: Path) -> Path:
     """The folder of the model that is asked for; random weights are written into `folder`."""
     if args.dummy_weights in (None, "demo"):
-        return hub.find_model(args.model)
+        return hub.find_model(args.dummy_weights or args.model)
     values = {**dummy.TINY_MODEL, **SHAPES[args.dummy_weights], "torch_dtype": "bfloat16"}
     values["num_hidden_layers"] = args.layers or values["num_hidden_layers"]
     targets = sorted({round((width * height) ** 0.5) for width, height in args.size or [(768, 768)]})
@@ -120,7 +121,7 @@ def measure(engine: Engine, watch: Watch, floor: machine.Floor, size: tuple[int,
         rows: list[float] = []
         if seed == 1:  # the first touches memory for the first time
             watch.begin()
-        params = SamplingParams(
+        params = engine.params(
             num_images=1, size=size, n=args.batch_size, guidance_scale=args.guidance_scale, seed=seed
         )
         start = time.perf_counter()
@@ -235,10 +236,12 @@ def model_parser(words: str) -> argparse.ArgumentParser:
     """The options of a benchmark that draws images."""
     parser = argparse.ArgumentParser(description=words, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help='a folder, a hub id, or "demo" (default: demo)')
-    parser.add_argument("--dummy-weights", choices=[*SHAPES, "demo"], help="random weights of a released shape")
+    parser.add_argument(
+        "--dummy-weights", choices=[*SHAPES, "demo"], help="random weights of a released shape, or the embedded model"
+    )
     parser.add_argument("--layers", type=int, help="of the dummy weights (default: all)")
     parser.add_argument("--size", type=_size, nargs="+", metavar="WxH", help="default: the model's own")
-    parser.add_argument("--guidance-scale", type=float, default=4.0)
+    parser.add_argument("--guidance-scale", type=float, help="default: the model's own, as its other controls")
     parser.add_argument("--quantization", choices=BITS)
     parser.add_argument(
         "--speculation", type=_speculation, default="auto", metavar="auto|off|N", help="(default: auto)"
@@ -251,12 +254,22 @@ def model_parser(words: str) -> argparse.ArgumentParser:
     return parser
 
 
+def check_imports(parser: argparse.ArgumentParser, **needed) -> None:
+    """End the program at once, and not after minutes of measuring, where a library that an option needs is missing."""
+    for name, option in needed.items():
+        if option and importlib.util.find_spec(name) is None:
+            parser.error(f"this needs {name}, which is not installed; `pip install '.[test]'` brings it")
+
+
 def load(args, folder: Path, **options) -> tuple[Engine, dict]:
     """The Engine that is asked for, and what a report says of it. options: further fields of EngineConfig."""
+    machine.reset_peak(args.device)
     start = time.perf_counter()
     engine = Engine.from_pretrained(
         folder, device=args.device, quantization=args.quantization, speculation=args.speculation, **options
     )
+    if args.guidance_scale is None:
+        args.guidance_scale = engine.params().guidance_scale
     return engine, {
         "model": args.dummy_weights or args.model, "layers": engine.model.config.n_layers,
         "dtype": str(engine.model.embed.dtype).removeprefix("torch."), "quantization": args.quantization,
@@ -275,6 +288,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.compare:
         return compare(*args.compare)
+    check_imports(parser, transformers=args.baseline, matplotlib=args.plot)
 
     env, floor = machine.environment(args.device), machine.measure(args.device)
     print(machine.card(env, floor))

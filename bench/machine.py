@@ -4,6 +4,7 @@ import os
 import platform
 import re
 import resource
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,11 +45,15 @@ def checked_device(name: str) -> str:
 
 def measure(device: str) -> Floor:
     """The best of some runs: what else the machine does makes a run slower, never faster."""
-    if device == "cpu":
-        return _measure_cpu()
-    floor = _measure_gpu()
-    torch.cuda.reset_peak_memory_stats()  # so that a peak told later is not that of measuring
-    return floor
+    return _measure_cpu() if device == "cpu" else _measure_gpu()
+
+
+def reset_peak(device: str) -> None:
+    """Have `peak_gib` tell of what comes from here on, not of measuring nor of making weights. On a CPU: of Linux."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _measure_cpu(repeats: int = 5) -> Floor:

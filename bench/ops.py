@@ -3,8 +3,8 @@
     python bench/ops.py [--device cuda] [--rows 1 2 16] [--ops linear] [--output-json FILE]
 
 The floor of an op is the time in which this machine reads and writes its bytes, or does its multiplications, whichever
-is longer; beside it stands the share of the rate of its memory, on a GPU that of a copy. On a CPU weights are too large
-for the caches, activations are not. On a GPU an op is replayed as a CUDA graph, and nothing is in the L2 cache when it
+is longer; beside it stands the share of the rate of its memory, on a GPU that of a copy. On a CPU what the last cache
+holds from one run to the next is read faster than that, so that shares above 100 % mean nothing else. On a GPU an op is replayed as a CUDA graph, and nothing is in the L2 cache when it
 begins; the reference is launched as it is: its attention reads on the host. The last line of stdout is one JSON object.
 """
 

@@ -20,7 +20,7 @@ import machine
 import torch
 from tqdm import tqdm
 
-from lumina_rt import Engine, SamplingParams, prompts
+from lumina_rt import Engine, prompts
 
 COLORS, SHAPES = ("red", "green", "blue", "yellow"), ("circle", "square", "triangle", "star")
 THINGS = [f"a {color} {shape}" for color, shape in product(COLORS, SHAPES)]
@@ -35,7 +35,7 @@ def measure(engine: Engine, watch: latency.Watch, floor: machine.Floor, n_in_fli
     of_size = [sizes[i % len(sizes)] for i in range(n_images)]
     texts = [prompts.text_to_image(PROMPTS[i % len(PROMPTS)], *size) for i, size in enumerate(of_size)]
     params = [
-        SamplingParams(num_images=1, size=size, guidance_scale=args.guidance_scale, seed=i)
+        engine.params(num_images=1, size=size, guidance_scale=args.guidance_scale, seed=i)
         for i, size in enumerate(of_size)
     ]
     watch.begin()
@@ -97,6 +97,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, help="for each of these (default: twice as many, 8 at least)")
     parser.add_argument("--page-size", type=int, help="tokens (default: that of the device)")
     args = parser.parse_args()
+    latency.check_imports(parser, matplotlib=args.plot)
 
     env, floor = machine.environment(args.device), machine.measure(args.device)
     print(machine.card(env, floor))
