@@ -305,22 +305,19 @@ struct QuantizedInput {
         for (int64_t g = 0; g < inputs / GROUP; ++g) {
             const T* from = x + row * inputs + g * GROUP;
             int8_t* to = &values[(g * rows + row) * GROUP];
-            f32 top = all(0), check = all(0);
-            for (int i = 0; i < GROUP; i += LANES) {
-                f32 v = load(from + i);
-                top = max(abs(v), top);
-                check = fma(v, all(0), check);  // no number where v is infinite or none
-            }
+            f32 top = all(0), totals = all(0);
+            for (int i = 0; i < GROUP; i += LANES) top = max(abs(load(from + i)), top);
             float scale = largest(top) / 127;
             f32 inverse = all(scale > 0 ? 1 / scale : 0);
-            int32_t total = 0;
             for (int i = 0; i < GROUP; i += LANES) {
-                int32_t whole[LANES];
-                store(whole, to_i32(load(from + i) * inverse));
-                for (int j = 0; j < LANES; ++j) total += to[i + j] = static_cast<int8_t>(whole[j]);
+                f32 v = load(from + i);
+                i32 steps = to_i32(v * inverse);
+                store(to + i, steps);
+                totals = totals + fma(v, all(0), to_f32(steps));  // no number where v is infinite or none
             }
-            scales[g * rows + row] = scale + sum(check);
-            offsets[g * rows + row] = -Format::ZERO * total;
+            float total = sum(totals);
+            scales[g * rows + row] = scale + (total - total);
+            offsets[g * rows + row] = -Format::ZERO * static_cast<int32_t>(total == total ? total : 0);
         }
     }
 

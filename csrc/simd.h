@@ -106,6 +106,14 @@ inline void store_leaf(bf16* p, leaf_f32 v) {
     std::memcpy(p, &narrow, sizeof narrow);
 }
 inline void store_leaf(int32_t* p, leaf_i32 v) { std::memcpy(p, &v, sizeof v); }
+inline void store_leaf(int8_t* p, leaf_i32 v) {  // |v| < 128
+#if defined(LUMINA_AVX512)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(v)));
+#else
+    leaf_i8 narrow = __builtin_convertvector(v, leaf_i8);
+    std::memcpy(p, &narrow, sizeof narrow);
+#endif
+}
 template <class T, class P>
 inline void store_leaf(P* p, Pair<T> v) {
     store_leaf(p, v.lo);
