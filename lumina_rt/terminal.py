@@ -33,6 +33,7 @@ class GrowingSheet:
         self._n_lines = 0  # of the picture that stands in the terminal
         self._thread = ThreadPoolExecutor(1, "shown previews", initializer=give_way)  # steps wait for no PNG
         self._drawing: Future | None = None
+        self._is_behind = False  # whether there is a picture that the last drawing did not have
 
     def __call__(self, event) -> None:
         if not self.every:
@@ -49,19 +50,22 @@ class GrowingSheet:
             return
         for oldest in list(self.pictures)[:-MOST_SHOWN]:
             del self.pictures[oldest]
-        if self.pictures and (self._drawing is None or self._drawing.done()):
+        self._is_behind = bool(self.pictures)
+        if self._is_behind and (self._drawing is None or self._drawing.done()):
             self._draw()
 
     def finish(self) -> None:
-        """Show all as it is at the end."""
-        if self.pictures and self.every:
+        """Show all as it is at the end. Raises what a drawing raised."""
+        if self._is_behind:
             self._draw()
+        if self._drawing:
             self._drawing.result()
 
     def _draw(self) -> None:
         """Draw all pictures as they are now. Raises what the drawing before raised."""
         if self._drawing:
             self._drawing.result()
+        self._is_behind = False
         self._drawing = self._thread.submit(self._draw_all, [self.pictures[key] for key in sorted(self.pictures)])
 
     def _draw_all(self, pictures: list[Image.Image]) -> None:

@@ -42,7 +42,7 @@ def text_to_image(rng: Random, size: tuple[int, int]) -> Turns:
     if rng.random() < 0.4:
         scene = world.counted_scene(rng, rng.choice((2, 3, 4, 4)), aspect)
     else:
-        scene = world.random_scene(rng, rng.choice((1, 1, 2, 2, 2, 3, 4)), aspect)
+        scene = world.random_scene(rng, rng.choice((1, 2, 2, 2, 3, 4)), aspect)
     words = prompts.text_to_image(captions.caption(rng, scene), *size)
     return Message("user", words), _drawn(world.picture(scene, *size))
 
