@@ -4,8 +4,9 @@
 
 The floor of an op is the time in which this machine reads and writes its bytes, or does its multiplications, whichever
 is longer; beside it stands the share of the rate of its memory, on a GPU that of a copy. On a CPU what the last cache
-holds from one run to the next is read faster than that, so that shares above 100 % mean nothing else. On a GPU an op is replayed as a CUDA graph, and nothing is in the L2 cache when it
-begins; the reference is launched as it is: its attention reads on the host. The last line of stdout is one JSON object.
+holds from one run to the next is read faster than that, so that shares above 100 % mean nothing else. On a GPU an op is
+replayed as a CUDA graph, and nothing is in the L2 cache when it begins; the reference is launched as it is: its
+attention reads on the host. The last line of stdout is one JSON object.
 """
 
 import argparse
