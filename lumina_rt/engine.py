@@ -386,9 +386,6 @@ class Engine:
             limit = self.config.max_model_len
             raise ValueError(f"the prompt has {len(prompt)} tokens; expected fewer than {limit} (max_model_len)")
         n_answer = answer_length(params, self.grammar, room)
-        if not params.num_images:  # an answer of no known length takes what the pool can give it
-            n_pool = self.scheduler.longest_row(params, self.grammar.layouts[-1].n_tokens)
-            n_answer = min(n_answer, max(1, n_pool - len(prompt)))
         if params.n > self.config.max_num_seqs:  # told before as many samples are made
             limit = self.config.max_num_seqs
             raise ValueError(f"the request needs at least {params.n} rows; max_num_seqs is {limit}")
@@ -396,6 +393,8 @@ class Engine:
         samples = [Sample(i, prompt, params, self.grammar, n_answer) for i in range(params.n)]
         texts = [self.tokenizer.stream() for _ in samples]
         request = Request(next(self._ids), samples, Lease(self.scheduler.pool), seed, texts, events, preview_every)
+        if not params.num_images:  # an answer of no known length takes what the pool can give it
+            self.scheduler.shorten(request)
         self.scheduler.check(request)
         self._requests[request.request_id] = request
         self._arriving.append(request)

@@ -5,6 +5,7 @@ runs never waits for memory and nothing is evicted half-way. This file knows tok
 model.
 """
 
+from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass
 from itertools import islice
@@ -15,7 +16,7 @@ import torch
 from lumina_rt.kv_cache import KVCache, PagePool, PrefixStore, Row
 from lumina_rt.model import Step, upload
 from lumina_rt.multi_step import Ahead
-from lumina_rt.params import EngineConfig, SamplingParams
+from lumina_rt.params import EngineConfig
 from lumina_rt.request import Request, Sample
 from lumina_rt.speculative import Pace, accepted
 
@@ -66,11 +67,18 @@ class Scheduler:
                 f"the request needs {pages} pages of {self.config.page_size} tokens; the pool has {self.pool.num_pages}"
             )
 
-    def longest_row(self, params: SamplingParams, n_largest_image: int) -> int:
-        """Tokens of a conditional row, prompt and answer, for which the whole pool has pages."""
-        page_size, can_draw = self.config.page_size, params.num_images != 0
-        n_uncond = -(-n_largest_image // page_size) if can_draw and params.guidance_scale != 1 else 0
-        return (self.pool.num_pages // params.n - n_uncond) * page_size
+    def shorten(self, request: Request) -> None:
+        """Let a new request's answers be only as long as the whole pool has pages for, but a token at least."""
+        leader = request.samples[0]
+
+        def n_pages(n_end: int) -> int:
+            leader.n_end = n_end
+            return self._n_pages(request, n_matched=0)
+
+        lengths = range(leader.n_prompt + 1, leader.n_end + 1)
+        n_fitting = bisect_right(lengths, self.pool.num_pages, key=n_pages)
+        for sample in request.samples:
+            sample.n_end = lengths[max(0, n_fitting - 1)]
 
     def add(self, request: Request) -> None:
         """Queue a request that `check` let pass."""

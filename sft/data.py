@@ -15,7 +15,6 @@ from random import Random
 import numpy as np
 import torch
 from lumina_rt.sft.tasks import TASKS, Turns
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
@@ -197,11 +196,12 @@ def read_dialogs(path: Path, sizes: Sequence[tuple[int, int]]) -> Iterator[Turns
     prompt of a caption tells that size, as the runtime does (paper, sections 2.2.1 and 2.2.2). Raises ValueError,
     naming the line.
     """
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        try:
-            yield _dialog(json.loads(line), path.parent, sizes)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield _dialog(json.loads(line), path.parent, sizes)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
 
 
 def _dialog(value: object, folder: Path, sizes: Sequence[tuple[int, int]]) -> Turns:
@@ -210,18 +210,13 @@ def _dialog(value: object, folder: Path, sizes: Sequence[tuple[int, int]]) -> Tu
             raise ValueError(f"the keys {sorted(value)}; expected image and caption, or a list of turns")
         image = fit(open_image(folder / str(value["image"])), sizes)
         asked = Message("user", prompts.text_to_image(value["caption"], *image.size))
-        value = [asked, Message("assistant", IMAGE_MARK, (image,))]
+        return asked, Message("assistant", IMAGE_MARK, (image,))
     if not isinstance(value, list) or not value:
         raise ValueError(f"{type(value).__name__}; expected image and caption, or a list of turns")
     *turns, _ = prompts.as_conversation([*value, Message("user", "go on")])  # so checked, and ends with an answer
     return tuple(
-        replace(turn, images=tuple(fit(open_image(_found(image, folder)), sizes) for image in turn.images))
-        for turn in turns
+        replace(turn, images=tuple(fit(open_image(folder / image), sizes) for image in turn.images)) for turn in turns
     )
-
-
-def _found(image: str | Image.Image, folder: Path) -> Path | Image.Image:
-    return folder / image if isinstance(image, str) else image
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -252,6 +247,8 @@ def main(argv: list[str] | None = None) -> int:
             sizes = [size for target in args.targets for size in candidate_sizes(target, patch=2 * factor)]
             # Twice: the first reading names a line that is wrong before an hour of encoding.
             n = sum(1 for _ in read_dialogs(args.dialogs, sizes))
+            if not n:
+                raise ValueError(f"{args.dialogs} is empty; expected a dialog a line")
             dialogs = read_dialogs(args.dialogs, sizes)
         else:
             n, dialogs = args.n, dialogs_of(args.tasks, args.targets, factor, args.n, f"{args.output.stem} {args.seed}")

@@ -293,6 +293,7 @@ def test_dialogs_of_ones_own_are_fitted_to_their_best_size_and_laid_out_as_the_r
         ("[]", "line 1: list; expected image and caption"),
         ("3", "line 1: int; expected"),
         ("{", "line 1: Expecting"),
+        ("", "own.jsonl is empty; expected a dialog a line"),
     ],
 )
 def test_a_line_that_is_no_dialog_is_named_and_nothing_is_written(checkpoint, tmp_path, capsys, line, message):

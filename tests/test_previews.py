@@ -64,6 +64,25 @@ def test_each_image_of_each_answer_has_previews(engine):
     assert sorted(previews) == [(sample, *place) for sample in (0, 1) for place in ((0, 2), (0, 4), (1, 2))]
 
 
+def test_several_answers_take_turns_where_previews_are_slow(engine):
+    asked = []
+
+    class Slow(AtOnce):
+        def submit(self, call, *args):
+            asked.append(args[1])  # the answer; its preview is ready two rows of codes later
+            done = Future()
+            engine.previews.pending = lambda: done.done() or done.set_result(call(*args))
+            return done
+
+    engine.previews._thread, rows = Slow(), 0
+    for event in engine.stream("a dog", SamplingParams(num_images=1, size=(128, 128), n=3, seed=1), preview_every=1):
+        rows += isinstance(event, ImageRow)
+        if rows % 6 == 5 and engine.previews.pending:
+            engine.previews.pending()
+            engine.previews.pending = None
+    assert asked[:4] == [0, 1, 2, 0]
+
+
 def test_steps_never_wait_for_a_preview_and_what_comes_meanwhile_is_left_out(engine):
     begun, go_on, asked = threading.Event(), threading.Event(), []
 

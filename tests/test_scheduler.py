@@ -535,6 +535,9 @@ def test_an_answer_of_no_known_length_takes_what_the_pool_can_give(checkpoint):
         assert all(0 < len(answer.token_ids) <= 8 * 16 // n - n_prompt for answer in output.answers)
     with pytest.raises(ValueError, match="pages of 16 tokens; the pool has 8"):
         engine.generate(["hello " * 100], params, progress=False)
+    # What fits as it was asked for stays so, though the largest image would not fit beside it.
+    request = engine._submit("hello", SamplingParams(max_tokens=20, seed=0), deque())
+    assert [sample.n_end - sample.n_prompt for sample in request.samples] == [20]
 
 
 def test_an_answer_that_is_finished_leaves_its_places_and_promised_pages_to_others(checkpoint):
