@@ -88,7 +88,7 @@ struct type_caster<Tensor> {
 PYBIND11_MODULE(_C, m) {
     m.doc() = "C++ ops for the CPU; not linked to torch. lumina_rt.kernels.cpu gives them the signatures of the op list.";
 
-    m.def("isa", [] { return ops->isa; }, "Name the instruction set in use: 'avx512', 'avx2' or 'portable'.");
+    m.def("isa", [] { return ops->isa; }, "Name the instruction set in use: 'amx', 'avx512', 'avx2' or 'portable'.");
     m.def(
         "use_isa",
         [](const std::string& isa) {

@@ -89,8 +89,33 @@ static double tile_gmac_s(int threads) {
     });
 }
 
+#if defined(LUMINA_AMX)
+// Likewise of tiles of 16 x 16 sums. PRODUCTS: of each of these.
+template <int PRODUCTS, class Dots>
+static double tiles_gmac_s(int threads, Dots dots) {
+    uint8_t tile[SIDE * 64] = {};
+    return rate(threads, 4 * SIDE * SIDE * PRODUCTS, [&](int64_t rounds) {
+        TilesOn on;
+        load_tile<4>(tile, 64), load_tile<5>(tile, 64), load_tile<6>(tile, 64), load_tile<7>(tile, 64);
+        zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
+        for (int64_t i = 0; i < rounds; ++i) dots();
+        return 0.0f;
+    });
+}
+static double int8_gmac_s(int threads) {
+    return tiles_gmac_s<64>(threads, [] {
+        dot_tiles_int8<0, 4, 6>(), dot_tiles_int8<1, 4, 7>(), dot_tiles_int8<2, 5, 6>(), dot_tiles_int8<3, 5, 7>();
+    });
+}
+static double bf16_gflop_s(int threads) {
+    return 2 * tiles_gmac_s<32>(threads, [] {
+        dot_tiles_bf16<0, 4, 6>(), dot_tiles_bf16<1, 4, 7>(), dot_tiles_bf16<2, 5, 6>(), dot_tiles_bf16<3, 5, 7>();
+    });
+}
+#else
 // Of bytes into int32.
 static double int8_gmac_s(int threads) { return tile_gmac_s<BytesTile>(threads); }
 
 // Of bf16 into fp32; operations, a multiplication and an addition being two.
 static double bf16_gflop_s(int threads) { return 2 * tile_gmac_s<Bf16Tile>(threads); }
+#endif

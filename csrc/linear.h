@@ -12,6 +12,8 @@
 // Quantised weights have a bf16 scale for each 64 inputs of an output; activations are quantised likewise, row by row,
 // and the products are summed as integers within such a group.
 //
+// With AMX, products of many rows go by tiles: see linear_tiles.h.
+//
 // A task is a panel for all rows, chunk by chunk, so that a weight is read from memory once. A chunk stays in the first
 // cache while tile after tile of rows is multiplied with it, and meanwhile the next one is asked of memory, a share in
 // each tile, so that neither need wait for the other. Every output is summed over its inputs in one order,
@@ -32,6 +34,19 @@ constexpr int TILE_ROWS = 6, WIDE_ROWS = 3;  // 12 of 16, two a half
 #else
 constexpr int TILE_ROWS = 2, WIDE_ROWS = 1;
 #endif
+
+#if defined(LUMINA_AMX)
+constexpr int FEW_ROWS = 8;  // up to which integers gain nothing by tiles of 16 rows
+inline int64_t whole_tiles(int64_t rows) { return rows <= FEW_ROWS ? rows : (rows + 15) / 16 * 16; }
+#else
+inline int64_t whole_tiles(int64_t rows) { return rows; }
+#endif
+
+// What a tile or a vector loads at once, within one line of the cache.
+template <class T>
+struct alignas(64) Line {
+    T values[64 / sizeof(T)];
+};
 
 typedef int16_t leaf_i16 __attribute__((vector_size(4 * LEAF)));
 
@@ -262,6 +277,11 @@ struct FloatInput {
     std::vector<typename Format::Input> values;
     int64_t vectors;
 
+    void prepare(int64_t rows, int64_t inputs) {
+        vectors = (inputs + Format::STEP - 1) / Format::STEP;
+        values.resize(rows * vectors);
+    }
+
     template <class T>
     void read(const T* x, int64_t row, int64_t inputs) {
         Format::keep(x + row * inputs, inputs, &values[row * vectors]);
@@ -295,16 +315,24 @@ struct FloatInput {
 // all want the same few places of the first cache.
 template <class Format>
 struct QuantizedInput {
-    std::vector<int8_t> values;  // [groups, rows, GROUP]
+    std::vector<Line<int8_t>> values;  // [groups, rows]: the inputs of a group
     std::vector<float> scales;   // [groups, rows]
     std::vector<int32_t> offsets;  // likewise: what the zero points of weights add to the products, its sign turned
-    int64_t rows;
+    int64_t rows;  // with those that fill the last tile, which hold nothing
+
+    void prepare(int64_t n, int64_t inputs) {
+        rows = whole_tiles(n);
+        int64_t groups = inputs / GROUP;
+        values.resize(groups * rows);
+        scales.resize(groups * rows);
+        offsets.resize(groups * rows);
+    }
 
     template <class T>
     void read(const T* x, int64_t row, int64_t inputs) {
         for (int64_t g = 0; g < inputs / GROUP; ++g) {
             const T* from = x + row * inputs + g * GROUP;
-            int8_t* to = &values[(g * rows + row) * GROUP];
+            int8_t* to = values[g * rows + row].values;
             f32 top = all(0), totals = all(0);
             for (int i = 0; i < GROUP; i += LANES) top = max(abs(load(from + i)), top);
             float scale = largest(top) / 127;
@@ -333,7 +361,7 @@ struct QuantizedInput {
             for (int p = 0; p < WIDE; ++p) totals[r][p] = load(t.sums + r * WIDTH + p * LANES);
         for (int64_t g = t.begin / VECTORS; g < t.end / VECTORS; ++g, weight_scales += WIDTH) {
             int64_t first = g * rows + t.row;
-            const int8_t* x = &values[first * GROUP];
+            const int8_t* x = values[first].values;
             i32 parts[ROWS][WIDE];
             LUMINA_UNROLL
             for (int r = 0; r < ROWS; ++r)
@@ -402,7 +430,7 @@ struct Panels {
 
 // Multiply rows `band` to `band + rows` with a panel; sums [rows, WIDTH] get the products.
 template <class Input>
-static void multiply_panel(const Input& x, const Panels& w, int64_t panel, int64_t band, int64_t rows, float* sums) {
+static void multiply_rows(const Input& x, const Panels& w, int64_t panel, int64_t band, int64_t rows, float* sums) {
     int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
     std::fill(sums, sums + rows * WIDTH, 0.0f);
     for (int64_t begin = 0; begin < w.vectors; begin += CHUNK) {
@@ -417,6 +445,18 @@ static void multiply_panel(const Input& x, const Panels& w, int64_t panel, int64
     }
 }
 
+template <class Input>
+static void multiply_panel(const Input& x, const Panels& w, int64_t panel, int64_t band, int64_t rows, float* sums) {
+    multiply_rows(x, w, panel, band, rows, sums);
+}
+
+#if defined(LUMINA_AMX)
+#include "linear_tiles.h"
+#else
+using Bf16Input = FloatInput<Bf16>;
+struct TilesOn {};
+#endif
+
 template <class T, class Input>
 static void multiply(const Tensor& x, Input& input, const Panels& w, const Tensor& out, int threads) {
     int64_t n = x.shape[0], inputs = x.shape[1], outputs = out.shape[1];
@@ -426,6 +466,7 @@ static void multiply(const Tensor& x, Input& input, const Panels& w, const Tenso
     });
     parallel(w.count, threads, [&](int64_t first, int64_t last) {
         alignas(64) float sums[BAND * WIDTH];
+        [[maybe_unused]] TilesOn tiles_on;
         for (int64_t panel = first; panel < last; ++panel)
             for (int64_t band = 0; band < n; band += BAND) {
                 int64_t rows = std::min<int64_t>(BAND, n - band);
@@ -438,22 +479,10 @@ static void multiply(const Tensor& x, Input& input, const Panels& w, const Tenso
     });
 }
 
-template <class T, class Format>
-static void linear_floats(const Tensor& x, const Panels& w, const Tensor& out, int threads) {
-    static thread_local FloatInput<Format> input;
-    input.vectors = w.vectors;
-    input.values.resize(x.shape[0] * w.vectors);
-    multiply<T>(x, input, w, out, threads);
-}
-
-template <class T, class Format>
-static void linear_quantized(const Tensor& x, const Panels& w, const Tensor& out, int threads) {
-    static thread_local QuantizedInput<Format> input;
-    int64_t n = x.shape[0], groups = x.shape[1] / GROUP;
-    input.rows = n;
-    input.values.resize(n * groups * GROUP);
-    input.scales.resize(n * groups);
-    input.offsets.resize(n * groups);
+template <class T, class Input>
+static void linear_of(const Tensor& x, const Panels& w, const Tensor& out, int threads) {
+    static thread_local Input input;
+    input.prepare(x.shape[0], x.shape[1]);
     multiply<T>(x, input, w, out, threads);
 }
 
@@ -475,10 +504,11 @@ static void linear(const Tensor& x, const Tensor& panels, const Tensor& scales, 
     expect("out", out, dtype, {x.shape[0], ANY});
     expect(count == (out.shape[1] + WIDTH - 1) / WIDTH, "out has another width than the weights");
     Panels w{panels.as<uint8_t>(), scales.as<bf16>(), count, vectors, groups};
-    if (bits == 32) return linear_floats<float, Fp32>(x, w, out, threads);
-    if (bits == 16) return linear_floats<bf16, Bf16>(x, w, out, threads);
-    auto run = bits == 8 ? dtype == DType::f32 ? linear_quantized<float, Int8> : linear_quantized<bf16, Int8>
-               : dtype == DType::f32           ? linear_quantized<float, Int4>
-                                               : linear_quantized<bf16, Int4>;
+    bool is_f32 = dtype == DType::f32;
+    auto run = bits == 32  ? linear_of<float, FloatInput<Fp32>>
+               : bits == 16 ? linear_of<bf16, Bf16Input>
+               : bits == 8  ? is_f32 ? linear_of<float, QuantizedInput<Int8>> : linear_of<bf16, QuantizedInput<Int8>>
+               : is_f32     ? linear_of<float, QuantizedInput<Int4>>
+                            : linear_of<bf16, QuantizedInput<Int4>>;
     run(x, w, out, threads);
 }

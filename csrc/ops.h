@@ -41,6 +41,9 @@ extern const Ops OPS;
 namespace avx512 {
 extern const Ops OPS;
 }
+namespace amx {  // avx512, and products of tiles
+extern const Ops OPS;
+}
 #endif
 
 // The ops of the widest set that this processor has.

@@ -245,7 +245,7 @@ def test_info_without_a_model_tells_about_the_machine_alone(plain, no_model):
     assert code == 0
     facts = json.loads(out)
     assert facts["version"] == cli.VERSION
-    assert facts["instruction_set"] in ("avx512", "avx2", "portable")
+    assert facts["instruction_set"] in ("amx", "avx512", "avx2", "portable")
     assert facts["threads"] == torch.get_num_threads()
     assert facts["attention"].startswith(("C++", "Triton", "flash-attn"))
     assert "model" not in facts

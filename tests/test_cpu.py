@@ -17,7 +17,7 @@ from lumina_rt import _C, kernels
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512"], autouse=True)
+@pytest.fixture(params=["portable", "avx2", "avx512", "amx"], autouse=True)
 def isa(request):
     before = _C.isa()
     try:

@@ -1,0 +1,162 @@
+// Products of panels by AMX, where a tile of 16 rows takes as long as two or three rows do otherwise.
+//
+// A tile of weights is 16 vectors of a half of a panel, as they lie there: 32 inputs in bf16, a group of 64 in int8. A
+// group of int4 is taken apart into as much first. Rows are filled up to whole tiles; what comes out of such rows is
+// not looked at. Up to 32 rows share a load of weights: four tiles of sums, two of rows, one of each half.
+
+#include "tiles.h"
+
+constexpr int64_t AHEAD = CHUNK * STRIDE;  // bytes between what is asked of memory and what is multiplied
+
+// bf16 activations as tiles read them: blocks of 32 inputs, one after another, of all rows.
+struct Bf16Input {
+    static constexpr int BLOCK = 2 * SIDE;
+    std::vector<Line<bf16>> values;  // [blocks, rows]: the inputs of a block, with zeros behind the last
+    int64_t rows, blocks;
+
+    void prepare(int64_t n, int64_t inputs) {
+        rows = (n + SIDE - 1) / SIDE * SIDE;
+        blocks = (inputs + BLOCK - 1) / BLOCK;
+        values.resize(blocks * rows);
+    }
+    void read(const bf16* x, int64_t row, int64_t inputs) {
+        for (int64_t b = 0; b < blocks; ++b) {
+            bf16* to = values[b * rows + row].values;
+            const bf16* from = x + row * inputs + b * BLOCK;
+            std::fill(std::copy(from, from + std::min<int64_t>(BLOCK, inputs - b * BLOCK), to), to + BLOCK, bf16{});
+        }
+    }
+};
+
+// Add the products of COUNT tiles of rows with blocks `begin` to `end` of a panel, as sums on top of what is there.
+// share: of the bytes that are asked of memory meanwhile, `part` of them so many.
+template <int COUNT>
+static void add_blocks(const Bf16Input& x, const uint8_t* weights, int64_t vectors, int64_t row, int64_t begin,
+                       int64_t end, int64_t part, int64_t share, float* sums) {
+    constexpr int64_t SUMS = WIDTH * sizeof *sums, NEXT = SIDE * WIDTH;
+    load_tile<0>(sums, SUMS), load_tile<1>(sums + LANES, SUMS);
+    if constexpr (COUNT == 2) load_tile<2>(sums + NEXT, SUMS), load_tile<3>(sums + NEXT + LANES, SUMS);
+    for (int64_t b = begin; b < end; ++b) {
+        const uint8_t* block = weights + b * SIDE * STRIDE;
+        alignas(64) uint8_t last[SIDE * STRIDE];
+        if (int64_t left = vectors - b * SIDE; left < SIDE) {  // what lies behind the panel may be no number
+            std::fill(std::copy(block, block + left * STRIDE, last), last + sizeof last, uint8_t{0});
+            block = last;
+        }
+        for (int64_t i = part * share; i < (part + 1) * share; i += 64)
+            __builtin_prefetch(weights + b * SIDE * STRIDE + AHEAD + i);
+        load_tile<6>(block, STRIDE), load_tile<7>(block + 64, STRIDE);
+        const Line<bf16>* values = &x.values[b * x.rows + row];
+        load_tile<4>(values, 64);
+        dot_tiles_bf16<0, 4, 6>(), dot_tiles_bf16<1, 4, 7>();
+        if constexpr (COUNT == 2) {
+            load_tile<5>(values + SIDE, 64);
+            dot_tiles_bf16<2, 5, 6>(), dot_tiles_bf16<3, 5, 7>();
+        }
+    }
+    store_tile<0>(sums, SUMS), store_tile<1>(sums + LANES, SUMS);
+    if constexpr (COUNT == 2) store_tile<2>(sums + NEXT, SUMS), store_tile<3>(sums + NEXT + LANES, SUMS);
+}
+
+static void multiply_panel(const Bf16Input& x, const Panels& w, int64_t panel, int64_t band, int64_t rows,
+                           float* sums) {
+    std::fill(sums, sums + (rows + SIDE - 1) / SIDE * SIDE * WIDTH, 0.0f);
+    const uint8_t* weights = w.data + panel * w.vectors * STRIDE;
+    // What several tiles of rows read stays in the first cache meanwhile.
+    int64_t parts = (rows + 2 * SIDE - 1) / (2 * SIDE), chunk = parts == 1 ? x.blocks : CHUNK / SIDE;
+    for (int64_t begin = 0; begin < x.blocks; begin += chunk)
+        for (int64_t row = 0; row < rows; row += 2 * SIDE) {
+            auto add = rows - row > SIDE ? add_blocks<2> : add_blocks<1>;
+            add(x, weights, w.vectors, band + row, begin, std::min(begin + chunk, x.blocks), row / (2 * SIDE),
+                SIDE * STRIDE / parts, sums + row * WIDTH);
+        }
+}
+
+// A group of both halves of a panel as tiles of bytes, the first half's rows STRIDE apart; in `room` where it is not so.
+template <class Format>
+inline const uint8_t* bytes_of(const uint8_t* group, uint8_t*) {
+    return group;
+}
+template <>
+inline const uint8_t* bytes_of<Int4>(const uint8_t* group, uint8_t* room) {
+    for (int64_t i = 0; i < GROUP / Int4::STEP; ++i)
+        for (int64_t half = 0; half < STRIDE; half += 64) {
+            Int4::Weights w = Int4::weights(group + i * STRIDE + half);
+            _mm512_store_si512(room + 2 * i * STRIDE + half, w.first);
+            _mm512_store_si512(room + (2 * i + 1) * STRIDE + half, w.second);
+        }
+    return room;
+}
+
+// Some rows with a group of a panel: where their products are to go, and what these are to be scaled by.
+struct Group {
+    int64_t first, rows;   // in `QuantizedInput`
+    const bf16* scales;    // of the weights, [WIDTH]
+    float* sums;           // [rows, WIDTH]
+    const uint8_t* ahead;  // what to ask of memory meanwhile, `pace` bytes further for each row
+    int64_t pace;
+};
+using Products = int32_t[2][HALVES][SIDE][LANES];  // of two tiles of rows with both halves of a panel
+
+// Multiply two tiles of rows, or one, with a group of a panel, of which tiles 6 and 7 hold the weights.
+inline void multiply_group(const Line<int8_t>* values, bool both) {
+    zero_tile<0>(), zero_tile<1>();
+    load_tile<4>(values, 64);
+    dot_tiles_int8<0, 4, 6>(), dot_tiles_int8<1, 4, 7>();
+    if (!both) return;
+    zero_tile<2>(), zero_tile<3>();
+    load_tile<5>(values + SIDE, 64);
+    dot_tiles_int8<2, 5, 6>(), dot_tiles_int8<3, 5, 7>();
+}
+inline void store_products(Products& products, bool both) {
+    store_tile<0>(products[0][0], 64), store_tile<1>(products[0][1], 64);
+    if (both) store_tile<2>(products[1][0], 64), store_tile<3>(products[1][1], 64);
+}
+
+// Scale products and add them to the sums, as `QuantizedInput::multiply` does, to the bit.
+template <class Format>
+inline void add_products(const QuantizedInput<Format>& x, const Group& group, const Products& products) {
+    Group g = group;
+    f32 scales[HALVES] = {load(g.scales), load(g.scales + LANES)};
+    const int32_t *offsets = &x.offsets[g.first], *part = products[0][0][0];
+    const float* row_scales = &x.scales[g.first];
+    for (int64_t r = 0; r < g.rows; ++r, g.ahead += g.pace, g.sums += WIDTH, part += LANES) {
+        if (r == SIDE) part += SIDE * LANES;
+        for (int64_t i = 0; i < g.pace; i += 64) __builtin_prefetch(g.ahead + i);
+        i32 offset = all_i32(offsets[r]);
+        f32 scale = all(row_scales[r]);
+        LUMINA_UNROLL
+        for (int p = 0; p < HALVES; ++p) {
+            float* sum = g.sums + p * LANES;
+            store(sum, fma(to_f32(load(part + p * SIDE * LANES) + offset), scales[p] * scale, load(sum)));
+        }
+    }
+}
+
+// Products are added while the next ones are made.
+template <class Format>
+static void multiply_panel(const QuantizedInput<Format>& x, const Panels& w, int64_t panel, int64_t band, int64_t rows,
+                           float* sums) {
+    if (rows <= FEW_ROWS) return multiply_rows(x, w, panel, band, rows, sums);
+    constexpr int64_t BYTES = GROUP / Format::STEP * STRIDE;
+    int64_t pace = (BYTES + rows - 1) / rows;
+    alignas(64) uint8_t room[SIDE * STRIDE];
+    alignas(64) Products products;
+    Group group{0, 0, w.scales, sums, w.data, 0};
+    std::fill(sums, sums + rows * WIDTH, 0.0f);
+    for (int64_t g = 0; g < w.groups; ++g) {
+        int64_t place = panel * w.groups + g;
+        const uint8_t* weights = bytes_of<Format>(w.data + place * BYTES, room);
+        __builtin_prefetch(w.scales + (place + AHEAD / BYTES) * WIDTH);
+        load_tile<6>(weights, STRIDE), load_tile<7>(weights + 64, STRIDE);
+        for (int64_t row = 0; row < rows; row += 2 * SIDE) {
+            int64_t first = g * x.rows + band + row, count = std::min<int64_t>(rows - row, 2 * SIDE);
+            multiply_group(&x.values[first], count > SIDE);
+            add_products(x, group, products);
+            store_products(products, count > SIDE);
+            group = {first, count, w.scales + place * WIDTH, sums + row * WIDTH,
+                     w.data + place * BYTES + AHEAD + row * pace, pace};
+        }
+    }
+    add_products(x, group, products);
+}
