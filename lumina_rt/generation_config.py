@@ -19,16 +19,17 @@ def target_sizes_of(folder: Path) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def sampling_defaults_of(folder: Path) -> dict:
-    """What a model wants fields of SamplingParams to be: "sampling" of its generation_config.json.
+def sampling_defaults_of(folder: Path, key: str = "sampling") -> dict:
+    """What a model wants fields of SamplingParams to be, by a key of its generation_config.json.
 
-    Raises CheckpointError. Other keys of that file are not looked at: released ones name a temperature that the
-    reference's own scripts do not use.
+    key: "sampling", or "image_to_image" for what differs from that where a picture is answered by a picture. Raises
+    CheckpointError. Other keys of that file are not looked at: released ones name a temperature that the reference's
+    own scripts do not use.
     """
     path = folder / "generation_config.json"
-    defaults = weights.read_json(path).get("sampling", {}) if path.exists() else {}
+    defaults = weights.read_json(path).get(key, {}) if path.exists() else {}
     try:
         from_options(SamplingParams, dict(defaults))
     except (TypeError, ValueError) as error:
-        raise CheckpointError(folder, [f"sampling is {defaults!r} in {path.name}: {error}"]) from None
+        raise CheckpointError(folder, [f"{key} is {defaults!r} in {path.name}: {error}"]) from None
     return dict(defaults)

@@ -21,7 +21,6 @@ from PIL import Image
 
 from lumina_rt import Engine, Message, SamplingParams, prompts
 from lumina_rt.checkpoint import CheckpointError
-from lumina_rt.engine import IMAGE_TO_IMAGE
 
 CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attribution")
 NEAR = 0.1  # of the picture's side: how far from its place a thing may be drawn
@@ -285,7 +284,9 @@ def _shown(words: str, scene: Scene, size: tuple[int, int]) -> Message:
 
 
 def _image_params(engine: Engine, scenes) -> list[SamplingParams]:
-    return [engine.params(num_images=1, size=size, seed=i, **IMAGE_TO_IMAGE) for i, (_, size) in enumerate(scenes)]
+    return [
+        engine.params(num_images=1, size=size, seed=i, **engine.image_to_image) for i, (_, size) in enumerate(scenes)
+    ]
 
 
 def _draw(engine: Engine, questions: list, scenes) -> list[Image.Image]:
@@ -355,7 +356,7 @@ def evaluate(engine: Engine, n: int, n_task: int, names: Sequence[str] = tuple(T
     result["tasks"]["vq_psnr_db"] = vq.psnr(engine.vqgan)
     params = engine.params(**controls)
     settings = {name: getattr(params, name) for name in ("guidance_scale", "temperature", "top_k", "top_p", "min_p")}
-    return {**result, "n": n, "settings": settings | {"n_task": n_task}}
+    return {**result, "n": n, "settings": settings | {"n_task": n_task, "image_to_image": engine.image_to_image}}
 
 
 def main(argv: list[str] | None = None) -> None:

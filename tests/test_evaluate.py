@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 from random import Random
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 from lumina_rt.sft import captions, evaluate, tasks, world
@@ -18,6 +18,8 @@ N = 6
 
 class Stub:
     """Answers the i-th question with the i-th of `answers`: lists of images, or a text."""
+
+    image_to_image = MappingProxyType({"guidance_scale": 1.5})
 
     def __init__(self, answers=()):
         self.default_size, self.input_sizes = (80, 80), unirep.candidate_sizes(80, patch=16)
