@@ -58,7 +58,9 @@ def launches() -> Iterator[Launch]:
     """What a step of 2 rows launches, and the wider tile of `linear`, by the ops' own choice of constants."""
     for model, hidden, heads, kv_heads, mp in (("7B", 4096, 32, 32, 1), ("34B", 8192, 64, 8, 4)):
         x, weight = empty(2, hidden), empty(hidden)
-        yield from recorded(model, cuda.add_rms_norm, x, x, weight, 1e-5)
+        yield from recorded(model, cuda.rms_norm, x, weight, 1e-5)
+        join = cuda.add_rms_norm if model == "7B" else cuda.rms_norm_add
+        yield from recorded(model, join, x, x, weight, 1e-5)
         qkv, norm = empty(2, (heads + 2 * kv_heads) * 128), (empty(mp, 128), empty(mp, 128))
         indices, tables = empty(2, dtype=torch.int64), empty(2, 16, dtype=torch.int32)
         bounds = empty(3, dtype=torch.int32), empty(2, dtype=torch.int32)
@@ -68,7 +70,6 @@ def launches() -> Iterator[Launch]:
             yield from recorded(name, cuda.qk_norm_rope, qkv, norm, norm, empty(4096, 128), indices, indices, *pages)
             attention = recorded(name, cuda.paged_attention, empty(2, heads, 128), *pages, tables, *bounds)
             yield from attention if name == "7B" else attention[:1]  # the second kernel knows nothing of pages
-    yield from recorded("7B", cuda.rms_norm, empty(2, 4096), empty(4096), 1e-5)
     yield from recorded("7B", cuda.silu_mul, empty(2, 2 * 11008))
     for bits in (8, 4):
         values, scales = empty(4096, 4096 * bits // 8, dtype=torch.uint8), empty(4096, 64)

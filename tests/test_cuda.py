@@ -260,15 +260,15 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("kind", "a_layer"), [("7B", 10), ("34B", 12)])  # with norms behind them, sums are apart
+@pytest.mark.parametrize("kind", ["7B", "34B"])
 @pytest.mark.parametrize("quantization", [None, "int8"])
-def test_a_step_that_feeds_the_next_takes_few_launches(fake, kind, a_layer, quantization):
+def test_a_step_that_feeds_the_next_takes_few_launches(fake, kind, quantization):
     made = fake(kind, quantization, enforce_eager=False, speculation="off", max_num_seqs=2)
     fake.launches.clear()
     with torch.inference_mode(), Launches() as of_torch:
         made.runner.multi_step._step(2)
     assert of_torch.n >= 5 + (0 if quantization else 4 * made.model.config.n_layers)
-    assert len(fake.launches) + of_torch.n <= a_layer * made.model.config.n_layers + 8, fake.launches
+    assert len(fake.launches) + of_torch.n <= 10 * made.model.config.n_layers + 8, fake.launches
 
 
 def test_the_pool_takes_what_is_left_of_the_memory_but_no_more_than_all_rows_need(fake):

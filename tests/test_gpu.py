@@ -39,6 +39,7 @@ def test_norms_and_silu_in_bf16_match_the_reference(n):
     x, residual, weight = on_gpu(*(randn(n, HIDDEN, seed=i, dtype=BF16) for i in range(3)))
     assert_parity(cuda, "rms_norm", x, weight[0], 1e-5, dtype=BF16)
     assert_parity(cuda, "add_rms_norm", x, residual, weight[0], 1e-5, dtype=BF16)
+    assert_parity(cuda, "rms_norm_add", x, residual, weight[0], 1e-5, dtype=BF16)
     assert_parity(cuda, "silu_mul", *on_gpu(randn(n, 2 * INTERMEDIATE, dtype=BF16)), dtype=BF16)
 
 
