@@ -213,18 +213,26 @@ def test_an_image_is_drawn_on_the_device_and_read_once_a_step(fake, kind, quanti
     assert ("_linear_kernel" in fake.launches) == bool(quantization)
 
 
-def test_with_flash_attn_only_steps_of_several_tokens_a_row_are_attended_to_by_our_own_kernel(fake, flash, monkeypatch):
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+@pytest.mark.parametrize("kind", ["7B", "34B"])
+def test_with_flash_attn_only_steps_of_several_tokens_a_row_are_attended_to_by_our_own_kernel(
+    fake, flash, monkeypatch, kind, quantization
+):
     def note(q, k_cache, v_cache, *, cache_seqlens, block_table, causal):
+        assert {x.device for x in (q, k_cache, v_cache, cache_seqlens, block_table)} == {GPU}
+        assert q.dtype == k_cache.dtype == v_cache.dtype == torch.bfloat16
+        assert len(q) == len(cache_seqlens) == len(block_table)
         flash.calls.append(block_table)
         return torch.empty_like(q)
 
     monkeypatch.setattr(flash, "flash_attn_with_kvcache", note)
-    made = fake("7B", None, ops=flash, speculation="off")
+    made = fake(kind, quantization, ops=flash, speculation="off")
     draw(made)
     n_layers = made.model.config.n_layers
     assert len(fake.reads) == 64
     assert len(flash.calls) == 56 * n_layers
     assert fake.launches.count("_paged_attention_kernel") == 8 * n_layers  # the prompt, and ends of lines
+    assert ("_linear_kernel" in fake.launches) == bool(quantization)
 
 
 def test_a_step_of_an_image_is_one_graph_and_the_draw(fake):
