@@ -279,6 +279,21 @@ def test_a_step_that_feeds_the_next_takes_few_launches(fake, kind, quantization)
     assert len(fake.launches) + of_torch.n <= 10 * made.model.config.n_layers + 8, fake.launches
 
 
+def test_one_engine_at_a_time_takes_what_is_free_and_records(fake, monkeypatch):
+    """Two would give away the same memory, and each wait for the GPU while the other records, which CUDA refuses."""
+    seen = []
+    for owner, name in ((torch.cuda, "mem_get_info"), (graph, "record")):
+        plain = getattr(owner, name)
+        monkeypatch.setattr(
+            owner, name, lambda x, name=name, plain=plain: seen.append((name, engine._TAKING.locked())) or plain(x)
+        )
+    fake("7B", None, enforce_eager=False, max_num_seqs=2)
+    assert seen == [("mem_get_info", True), ("record", True), ("record", True)]
+    with pytest.raises(ValueError, match=r"^num_pages takes"):
+        fake("7B", None, num_pages=10000)
+    assert not engine._TAKING.locked()
+
+
 def test_the_pool_takes_what_is_left_of_the_memory_but_no_more_than_all_rows_need(fake):
     assert fake("7B", None, num_pages=None).scheduler.pool.num_pages == 64 * 10240 // 256
     page = 2 * 2 * 4096 * 2 * 256  # two layers
