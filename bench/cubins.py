@@ -1,4 +1,4 @@
-"""Every Triton kernel, compiled ahead of time as a 7B or 34B model launches it: what it takes of a GPU. Needs no GPU.
+"""Every Triton kernel, compiled ahead of time as 7B, 34B and the embedded model launch it. Needs no GPU.
 
     python bench/cubins.py [--targets 80 90]
 
@@ -14,7 +14,9 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
+BF16, FP32 = torch.bfloat16, torch.float32
 BIN = Path(triton.backends.nvidia.__file__).parent / "bin"
 
 
@@ -54,41 +57,69 @@ class Launch(NamedTuple):
     options: dict
 
 
-def launches() -> Iterator[Launch]:
-    """What a step of 2 rows launches, and the wider tile of `linear`, by the ops' own choice of constants."""
-    for model, hidden, heads, kv_heads, mp in (("7B", 4096, 32, 32, 1), ("34B", 8192, 64, 8, 4)):
-        x, weight = empty(2, hidden), empty(hidden)
-        yield from recorded(model, cuda.add_rms_norm, x, x, weight, 1e-5)
-        qkv, norm = empty(2, (heads + 2 * kv_heads) * 128), (empty(mp, 128), empty(mp, 128))
-        indices, tables = empty(2, dtype=torch.int64), empty(2, 16, dtype=torch.int32)
-        bounds = empty(3, dtype=torch.int32), empty(2, dtype=torch.int32)
-        for keep in (empty, int8_pages) if model == "7B" else (empty,):
-            pages = keep(64, 256, kv_heads, 128), keep(64, 256, kv_heads, 128)
-            name = model if keep is empty else model + " int8"
-            yield from recorded(name, cuda.qk_norm_rope, qkv, norm, norm, empty(4096, 128), indices, indices, *pages)
-            attention = recorded(name, cuda.paged_attention, empty(2, heads, 128), *pages, tables, *bounds)
+@cache
+def launches() -> list[Launch]:
+    """What steps of 2 rows launch, and the wider tiles of `linear`, by the ops' own choice of constants."""
+    return [*of_layers(), *of_products(), *of_draws()]
+
+
+def of_layers() -> Iterator[Launch]:
+    """All of a layer but its products: of 7B and 34B in bf16, and of the embedded model, which is in fp32."""
+    for model, dtype, hidden, heads, kv_heads, head_dim, mp in (
+        ("7B", BF16, 4096, 32, 32, 128, 1),
+        ("34B", BF16, 8192, 64, 8, 128, 4),
+        ("demo", FP32, 192, 6, 6, 32, 1),
+    ):
+        floats = partial(empty, dtype=dtype)
+        x, weight = floats(2, hidden), floats(hidden)
+        yield from recorded(model, cuda.rms_norm, x, weight, 1e-5)
+        join = cuda.rms_norm_add if model == "34B" else cuda.add_rms_norm
+        yield from recorded(model, join, x, x, weight, 1e-5)
+        qkv, norm = floats(2, (heads + 2 * kv_heads) * head_dim), (floats(mp, head_dim), floats(mp, head_dim))
+        rope, indices = floats(4096, head_dim), empty(2, dtype=torch.int64)
+        for keep in (floats,) if model == "demo" else (floats, int8_pages):
+            name = model if keep is floats else model + " int8"
+            pages = keep(64, 256, kv_heads, head_dim), keep(64, 256, kv_heads, head_dim)
+            if name != "34B int8":  # tells nothing that those of 7B in int8 and of 34B do not
+                yield from recorded(name, cuda.qk_norm_rope, qkv, norm, norm, rope, indices, indices, *pages)
+            attention = attentions(name, floats(2, heads, head_dim), pages)
             yield from attention if name == "7B" else attention[:1]  # the second kernel knows nothing of pages
-    yield from recorded("7B", cuda.rms_norm, empty(2, 4096), empty(4096), 1e-5)
     yield from recorded("7B", cuda.silu_mul, empty(2, 2 * 11008))
-    for bits in (8, 4):
-        values, scales = empty(4096, 4096 * bits // 8, dtype=torch.uint8), empty(4096, 64)
-        for n in (2, 64):
-            weight = cuda.pack(QuantizedWeight(values, scales))
-            yield from recorded(f"int{bits} {n} rows", cuda.linear, empty(n, 4096), weight)
-    controls = Controls(
-        *(empty(1, dtype=torch.int64 if name == "top_k" else torch.float32) for name in Controls._fields)
-    )
-    keys = NoiseKeys(*(empty(1, dtype=torch.int64) for _ in NoiseKeys._fields))
-    one, ids = empty(1, dtype=torch.int64), empty(8192, dtype=torch.int64)
-    yield from recorded("8192", cuda.guided_sample, empty(2, 8192), one, one, ids, controls, keys)
+    yield from recorded("demo", cuda.silu_mul, empty(2, 2 * 512, dtype=FP32))
+    pages = empty(64, 256, 32, 128, dtype=FP32), empty(64, 256, 32, 128, dtype=FP32)
+    yield from attentions("7B fp32", empty(2, 32, 128, dtype=FP32), pages)[:1]
 
 
-def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+def attentions(name: str, q: torch.Tensor, pages: tuple) -> list[Launch]:
+    tables, bounds = empty(2, 16, dtype=torch.int32), empty(3, dtype=torch.int32)
+    return recorded(name, cuda.paged_attention, q, *pages, tables, bounds, empty(2, dtype=torch.int32))
+
+
+def of_products() -> Iterator[Launch]:
+    for dtype, inputs, rows in ((BF16, 4096, (2, 16, 64)), (FP32, 192, (16,))):
+        for bits, n in product((8, 4), rows):
+            values = empty(inputs, inputs * bits // 8, dtype=torch.uint8)
+            weight = cuda.pack(QuantizedWeight(values, empty(inputs, inputs // 64)))
+            name = f"int{bits} {n} rows" + " fp32" * (dtype == FP32)
+            yield from recorded(name, cuda.linear, empty(n, inputs, dtype=dtype), weight)
+
+
+def of_draws() -> Iterator[Launch]:
+    """Draws from all codes, and from sizes, of which one alone may be legal: a kernel of its own."""
+    one = empty(1, dtype=torch.int64)
+    controls = Controls(*(one if field == "top_k" else empty(1, dtype=FP32) for field in Controls._fields))
+    for dtype, columns in ((BF16, 8192), (FP32, 25), (BF16, 1)):
+        logits, ids = empty(2, columns, dtype=dtype), empty(columns, dtype=torch.int64)
+        name = f"{columns}" + " fp32" * (dtype == FP32)
+        yield from recorded(name, cuda.guided_sample, logits, one, one, ids, controls, NoiseKeys(one, one, one))
+
+
+def empty(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def int8_pages(*shape: int) -> QuantizedPages:
-    return QuantizedPages(empty(*shape, dtype=torch.int8), empty(*shape[:-1], dtype=torch.float32))
+    return QuantizedPages(empty(*shape, dtype=torch.int8), empty(*shape[:-1], dtype=FP32))
 
 
 def recorded(name: str, op, *args) -> list[Launch]:
@@ -107,12 +138,13 @@ def recorded(name: str, op, *args) -> list[Launch]:
 
 
 def compiled(launch: Launch, target: int):
-    """Compile a kernel for what Triton would specialize it on: aligned pointers, and numbers divisible by 16."""
+    """Compile a kernel for what Triton would specialize it on: aligned pointers, numbers divisible by 16, and 1."""
     kernel, names = launch.kernel, launch.kernel.arg_names
     values = dict(zip(names, launch.args, strict=False)) | {n: launch.options[n] for n in names if n in launch.options}
-    constants = {p.name for p in kernel.params if p.is_constexpr}
+    specialized = [p for p in kernel.params if not p.do_not_specialize]
+    constants = {p.name for p in specialized if p.is_constexpr or (type(values[p.name]) is int and values[p.name] == 1)}
     signature = {n: "constexpr" if n in constants else mangle_type(values[n]) for n in names}
-    free = [p for p in kernel.params if p.name not in constants and not p.do_not_specialize]
+    free = [p for p in specialized if p.name not in constants]
     aligned = [
         p.name
         for p in free
@@ -127,12 +159,18 @@ def compiled(launch: Launch, target: int):
     return triton.compile(source, target=GPUTarget("cuda", target, 32), options={"enable_fp_fusion": True} | options)
 
 
+def measured(index: int, target: int) -> dict:
+    """Compile one of the launches and read its cubin. By its place: a kernel cannot be sent to a process."""
+    launch = launches()[index]
+    return inspected(launch, target, compiled(launch, target))
+
+
 def inspected(launch: Launch, target: int, kernel) -> dict:
     """Read the cubin of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])
         usage = tool("cuobjdump", "--dump-resource-usage", file.name)
-        code = tool("nvdisasm", file.name)
+        code = tool("nvdisasm", "--no-dataflow", file.name)
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     found = Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9_.]+)", code, re.MULTILINE))
     limits, warps, shared = TARGETS[target], kernel.metadata.num_warps, kernel.metadata.shared
@@ -157,13 +195,9 @@ def main() -> None:
     options = parser.parse_args()
     columns = ["kernel", "target", "registers", "stack", "shared", "programs", "wide_loads", "tensor_core"]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-    with ThreadPoolExecutor(1) as pool:  # one cubin is read while the next is compiled
-        reading = [
-            pool.submit(inspected, launch, target, compiled(launch, target))
-            for launch in launches()
-            for target in options.targets
-        ]
-        results = [each.result() for each in reading]
+    each = product(range(len(launches())), options.targets)
+    with ProcessPoolExecutor() as pool:
+        results = list(pool.map(measured, *zip(*each, strict=True)))
     for result in results:
         print(f"| {' | '.join(str(result[column]) for column in columns)} |")
     print(json.dumps({"triton": triton.__version__, "results": results}))

@@ -67,6 +67,8 @@ def cases(rows: int, names: list[str], ops: ModuleType, device: str):
         yield case("rms_norm", (x, weight, 1e-5), 2 * row)
     if "add_rms_norm" in names:
         yield case("add_rms_norm", (x, x, weight, 1e-5), 4 * row)
+    if "rms_norm_add" in names:
+        yield case("rms_norm_add", (x, x, weight, 1e-5), 3 * row)
     if "silu_mul" in names:
         gate_up = torch.randn(rows, 2 * INTERMEDIATE, **bf16)
         yield case("silu_mul", (gate_up,), 3 * 2 * rows * INTERMEDIATE)

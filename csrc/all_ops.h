@@ -25,8 +25,8 @@ namespace lumina::LUMINA_ISA {
 #include "floor.h"
 
 extern const Ops OPS = {
-    LUMINA_NAME(LUMINA_ISA), rms_norm,      add_rms_norm, qk_norm_rope, paged_attention, silu_mul, linear,
-    guided_sample,           read_gb_s,     int8_gmac_s,  bf16_gflop_s,
+    LUMINA_NAME(LUMINA_ISA), rms_norm,  add_rms_norm, rms_norm_add, qk_norm_rope, paged_attention, silu_mul, linear,
+    guided_sample,           read_gb_s, int8_gmac_s,  bf16_gflop_s,
 };
 
 }  // namespace lumina::LUMINA_ISA

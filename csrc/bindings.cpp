@@ -105,6 +105,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("add_rms_norm", [](Tensor x, Tensor residual, Tensor weight, float eps, Tensor out, Tensor sums, int threads) {
         ops->add_rms_norm(x, residual, weight, eps, out, sums, threads);
     }, unlocked);
+    m.def("rms_norm_add", [](Tensor x, Tensor residual, Tensor weight, float eps, Tensor sums, int threads) {
+        ops->rms_norm_add(x, residual, weight, eps, sums, threads);
+    }, unlocked);
     m.def("qk_norm_rope", [](Tensor qkv, std::array<Tensor, 4> norms, Tensor rope, Tensor positions, Tensor slots,
                              std::array<Tensor, 4> pages, Tensor q, int threads) {
         ops->qk_norm_rope(qkv, norms.data(), rope, positions, slots, pages.data(), q, threads);

@@ -14,6 +14,8 @@ struct Ops {
     void (*rms_norm)(const Tensor& x, const Tensor& weight, float eps, const Tensor& out, int threads);
     void (*add_rms_norm)(const Tensor& x, const Tensor& residual, const Tensor& weight, float eps, const Tensor& out,
                          const Tensor& sums, int threads);
+    void (*rms_norm_add)(const Tensor& x, const Tensor& residual, const Tensor& weight, float eps, const Tensor& sums,
+                         int threads);
     void (*qk_norm_rope)(const Tensor& qkv, const Tensor* norms, const Tensor& rope, const Tensor& positions,
                          const Tensor& slots, const Tensor* pages, const Tensor& q, int threads);
     void (*paged_attention)(const Tensor& q, const Tensor* pages, const Tensor& block_tables, const Tensor& cu_seqlens,

@@ -12,6 +12,7 @@ from torch import Tensor
 OPS = (
     "rms_norm",
     "add_rms_norm",
+    "rms_norm_add",
     "qk_norm_rope",
     "paged_attention",
     "silu_mul",

@@ -58,6 +58,12 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return out, total
 
 
+def rms_norm_add(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    total = torch.empty_like(x)
+    _C.rms_norm_add(x, residual, weight, eps, total, get_num_threads())
+    return total
+
+
 def qk_norm_rope(
     qkv: Tensor,
     q_norm: tuple[Tensor, Tensor],

@@ -8,7 +8,7 @@ from lumina_rt.kernels.guided_sample import guided_sample
 from lumina_rt.kernels.linear import linear, pack
 from lumina_rt.kernels.paged_attention import paged_attention
 from lumina_rt.kernels.qk_norm_rope import qk_norm_rope
-from lumina_rt.kernels.rms_norm import add_rms_norm, rms_norm
+from lumina_rt.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_add
 from lumina_rt.kernels.silu_mul import silu_mul
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "paged_attention",
     "qk_norm_rope",
     "rms_norm",
+    "rms_norm_add",
     "silu_mul",
 ]

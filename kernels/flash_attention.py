@@ -11,7 +11,16 @@ so its results are not batch-invariant.
 
 from flash_attn import flash_attn_with_kvcache
 from lumina_rt.kernels import paged_attention as own
-from lumina_rt.kernels.cuda import add_rms_norm, guided_sample, linear, pack, qk_norm_rope, rms_norm, silu_mul
+from lumina_rt.kernels.cuda import (
+    add_rms_norm,
+    guided_sample,
+    linear,
+    pack,
+    qk_norm_rope,
+    rms_norm,
+    rms_norm_add,
+    silu_mul,
+)
 from torch import Tensor
 
 __all__ = [
@@ -22,6 +31,7 @@ __all__ = [
     "paged_attention",
     "qk_norm_rope",
     "rms_norm",
+    "rms_norm_add",
     "silu_mul",
 ]
 

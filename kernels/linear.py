@@ -10,8 +10,8 @@ of rows; torch does not promise that of the product with float weights.
 
 Bytes: the weights once for each 32 rows, from memory the first time (1 or 1/2 byte each, and 2 for each 64); from the
 cache x once a program. From some 64 rows on x is the most of it: larger tiles would pay there. `pack` puts what a
-program reads at a time side by side: 16 outputs x 64 inputs, a group after another. At 2 rows a processor holds two
-programs at least (three or more on an A100, H100 or B200), at 32 one.
+program reads at a time side by side: 16 outputs x 64 inputs, a group after another. In 16 bits a processor holds two
+programs at least up to 16 rows (three or more on an A100, H100 or B200), at 32 one.
 """
 
 from typing import NamedTuple

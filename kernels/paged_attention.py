@@ -11,7 +11,7 @@ whatever else is in the step. The grid is made from shapes alone; a program find
 Bytes: keys and values of a row once for each of its tiles, from the cache but for the first; n * heads * head_dim read
 and written. With splits 4 * (head_dim + 2) bytes a line and split on top, 1/250 of the keys and values in a decode
 step of a 7B model. The products run on tensor cores in 16 bits; in fp32 they do not. A processor holds three programs
-at once, two where it has 100 KB of shared memory and pages are in 16 bits.
+at once, two where it has 100 KB of shared memory and pages are in 16 bits; in fp32, with heads of 128, one there.
 """
 
 import math
@@ -26,7 +26,7 @@ TILE = 16  # lines; fixed, since another shape of tile may sum in another order
 SPLIT = 256  # keys; fixed for the same reason. Ten programs a head at 2,356 tokens; not yet measured
 # Keys at a time, and registers a thread: two times 16 KB of keys and values of 128 in 16 bits are on their way while
 # one is worked on, and three programs fit on a processor. With 64 keys, or where it takes 128 registers as it likes to,
-# ptxas spills on one target or another. Not yet measured.
+# ptxas spills on one target or another; in fp32 it spills where it is told how many. Not yet measured.
 BLOCK_KEYS, NUM_STAGES, MAX_REGISTERS = 32, 5, 168
 ENOUGH_PROGRAMS = 512  # from here on the tiles alone fill a GPU of about 130 processors; not yet measured
 
@@ -227,7 +227,7 @@ def paged_attention(
         q, k, k_scales, v, v_scales, block_tables, cu_seqlens, seq_lens, out, tops, totals, sums,
         rows, max_blocks, 1 if is_split else n_splits, head_dim**-0.5 * math.log2(math.e),
         PAGE_SIZE=page_size, BLOCK_KEYS=BLOCK_KEYS, num_warps=4, num_stages=NUM_STAGES,
-        maxnreg=MAX_REGISTERS, **sizes,
+        maxnreg=MAX_REGISTERS if q.itemsize == 2 else None, **sizes,
     )  # fmt: skip
     if is_split:
         _join_splits_kernel[tiles, kv_heads](

@@ -36,6 +36,14 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return rms_norm(residual, weight, eps), residual
 
 
+def rms_norm_add(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Normalize each token, then add it into the residual stream.
+
+    x, residual: [n, hidden].  weight: [hidden].  Returns the new residual, [n, hidden].
+    """
+    return residual + rms_norm(x, weight, eps)
+
+
 def qk_norm_rope(
     qkv: Tensor,
     q_norm: tuple[Tensor, Tensor],

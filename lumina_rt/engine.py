@@ -44,6 +44,7 @@ Callback = Callable[[Event], None]
 
 # The reference's settings where an image is answered by an image (demo_image2image; fact sheet, section 6.6).
 IMAGE_TO_IMAGE = {"guidance_scale": 1.0, "top_k": 200}
+_TAKING = threading.Lock()  # held by the one Engine that takes what is free of a GPU, and records its graphs
 
 
 class Engine:
@@ -77,16 +78,18 @@ class Engine:
         shape, page_size = model.config, self.config.page_size
         dtype = torch.int8 if self.config.kv_cache_dtype else model.embed.dtype
         self.kv_bytes_a_token = bytes_a_token(shape.n_layers, shape.kv_heads, shape.head_dim, dtype)
-        num_pages, device = self._num_pages(), model.embed.device
+        device = model.embed.device
         is_graphed = device.type == "cuda" and not self.config.enforce_eager
-        # Padding of a graph writes to a page of its own.
-        n_pages = num_pages + is_graphed
-        self.cache = KVCache(shape.n_layers, n_pages, page_size, shape.kv_heads, shape.head_dim, dtype, device)
-        self.scheduler = Scheduler(self.config, self.cache, num_pages)
-        self.runner = Runner(model, tokenizer.vocab, self.cache, page_size)
-        if is_graphed:
-            self.runner.record(self.config.max_num_seqs, self._blocks_of_the_longest_row())
-            self.scheduler.max_steps = MAX_STEPS
+        with _TAKING:
+            num_pages = self._num_pages()
+            # Padding of a graph writes to a page of its own.
+            n_pages = num_pages + is_graphed
+            self.cache = KVCache(shape.n_layers, n_pages, page_size, shape.kv_heads, shape.head_dim, dtype, device)
+            self.scheduler = Scheduler(self.config, self.cache, num_pages)
+            self.runner = Runner(model, tokenizer.vocab, self.cache, page_size)
+            if is_graphed:
+                self.runner.record(self.config.max_num_seqs, self._blocks_of_the_longest_row())
+                self.scheduler.max_steps = MAX_STEPS
         self.previews = Previews(self.decode_codes, factor)
         self._stepping = threading.Lock()  # held by the thread that steps; guards the scheduler and the cache
         self._requests: dict[int, Request] = {}

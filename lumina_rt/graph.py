@@ -67,6 +67,7 @@ class Graphs:
         bar = tqdm(runs, desc="graphs", unit="graph", disable=None, leave=False)
         self.recorded = dict(zip(names, record(bar), strict=True))
 
+    @torch.inference_mode()  # the buffers may have been made in it, and could not be written outside
     def forward(self, step: Step) -> Tensor:
         """As Model.forward; the result holds until the next call."""
         tokens, rows = step.tokens.shape[0], step.seq_lens.shape[0]
@@ -97,16 +98,18 @@ class Graphs:
 
 
 def record(runs: Iterable[Callable[[], Tensor]]) -> Iterator[tuple[Callable[[], None], Tensor]]:
-    """Record a graph of each. Gives what replays it, and the tensor that every replay writes."""
-    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-    own = torch.cuda.Stream()  # torch's default one for recording is the same for all threads
+    """Record a graph of each. Gives what replays it, and the tensor that every replay writes.
+
+    One thread at a time: each recording begins with a wait for the whole GPU, which CUDA refuses while another records.
+    """
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()  # torch's own one is shared by all threads
     for run in runs:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            run()  # compiles kernels and sets up libraries, which cannot be recorded
+            run()  # compiles kernels and sets up libraries for this stream, which cannot be recorded
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # What other threads do with the GPU meanwhile, another Engine's for one, is no part of it.
-        with torch.cuda.graph(graph, pool=pool, stream=own, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             hidden = run()
         yield graph.replay, hidden

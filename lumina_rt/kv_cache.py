@@ -40,6 +40,7 @@ class KVCache:
             *(map(QuantizedPages, *part) for part in zip((self.k, self.v), self.scales, strict=True)), strict=True
         )
 
+    @torch.inference_mode()  # the cache may have been made in it, and could not be written outside
     def copy_page(self, source: int, target: int) -> None:
         for part in (self.k, self.v, *self.scales):
             part[:, target] = part[:, source]

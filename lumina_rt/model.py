@@ -116,7 +116,7 @@ class Model:
         return self.ops.add_rms_norm(x, residual, weight, self.config.norm_eps)
 
     def _norm_then_add(self, x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        residual = residual + self.ops.rms_norm(x, weight, self.config.norm_eps)
+        residual = self.ops.rms_norm_add(x, residual, weight, self.config.norm_eps)
         return residual, residual
 
 

@@ -5,6 +5,7 @@ the noise. So it is copied to the GPU for all of them, and a step, its draw and 
 step are one CUDA graph, recorded for each number of rows at start-up. This file does not know what a row is of.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -65,9 +66,14 @@ class MultiStep:
         self.cu_seqlens = torch.arange(most + 1, dtype=torch.int32, device=device)
         self.draws = full(0, 5, most)  # leader, partner, top_k, seed, image
         self.controls = full(1, 4, most, dtype=torch.float32)  # guidance, temperature, top_p, min_p
-        runs = [partial(self._step, rows) for rows in buckets]
-        bar = tqdm(runs, desc="decode graphs", unit="graph", disable=None, leave=False)
+        bar = tqdm(self._runs(buckets), "decode graphs", len(buckets), unit="graph", disable=None, leave=False)
         self.recorded = {rows: replay for rows, (replay, _) in zip(buckets, graph.record(bar), strict=True)}
+
+    def _runs(self, buckets: list[int]) -> Iterator[Callable[[], Tensor]]:
+        """What is recorded; each run of it writes padding, and leaves zeros for the next."""
+        for rows in buckets:
+            self.now.narrow(0, rows, rows).fill_(self.spare_page * self.page_size)
+            yield partial(self._step, rows)
 
     @torch.inference_mode()
     def run(self, drawn: Tensor, ahead: Ahead, controls: Controls, keys: NoiseKeys) -> Tensor:

@@ -242,7 +242,7 @@ def test_every_op_is_timed_on_a_gpu_beside_its_rates(monkeypatch, capsys, stand_
     assert report["env"]["attention"] == "Triton; a test wants ours"
     rates = {"read_gb_s": 2 * 2**30 / 1e6, "int8_gmac_s": 8192**3 / 1e6, "bf16_gflop_s": 2 * 8192**3 / 1e6}
     assert report["floor"] == pytest.approx(rates)  # of the best run, which took 1 ms
-    assert len(report["results"]) == 6 + 5 * 3
+    assert len(report["results"]) == 7 + 5 * 3
     for result in report["results"]:
         assert result["us"] == pytest.approx(2000)
         assert result["memory_percent"] == pytest.approx(100 * result["gb_s"] / rates["read_gb_s"])
@@ -250,7 +250,7 @@ def test_every_op_is_timed_on_a_gpu_beside_its_rates(monkeypatch, capsys, stand_
     of = {result["case"]: result["gb_s"] * 2e6 for result in report["results"]}
     assert of["o bf16"] == pytest.approx(2 * 4096**2 + 2 * 2 * 2 * 4096)
     assert of["down int4"] == pytest.approx(4096 * 176 * (32 + 2) + 2 * 2 * (11008 + 4096))  # 172 groups, up to 176
-    for name in ("add_rms_norm", "qk_norm_rope", "silu_mul", "paged_attention", "linear", "guided_sample"):
+    for name in OPS:
         assert f"_{name}_kernel" in stand_ins
     assert stand_ins.count("begin") == stand_ins.count("end") == len(report["results"])
     assert stand_ins.count("replay") == stand_ins.count("slow") == 31 * len(report["results"])

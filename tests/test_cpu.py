@@ -40,7 +40,16 @@ def test_norms_and_silu_match_the_reference(dtype, n, hidden):
     x, residual, weight = (randn(n, hidden, seed=i, dtype=dtype) for i in range(3))
     assert_parity(cpu, "rms_norm", x, weight[0], 1e-5, dtype=dtype)
     assert_parity(cpu, "add_rms_norm", x, residual, weight[0], 1e-5, dtype=dtype)
+    assert_parity(cpu, "rms_norm_add", x, residual, weight[0], 1e-5, dtype=dtype)
     assert_parity(cpu, "silu_mul", 3 * randn(n, 2 * hidden, dtype=dtype), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [192, 17])
+def test_a_norm_is_rounded_before_it_is_added(dtype, hidden):
+    x, residual, weight = (randn(3, hidden, seed=i, dtype=dtype) for i in range(3))
+    added = cpu.rms_norm_add(x, residual, weight[0], 1e-5)
+    assert torch.equal(added, residual + cpu.rms_norm(x, weight[0], 1e-5))
 
 
 def test_silu_is_right_where_exp_leaves_the_range_of_floats():
@@ -285,6 +294,8 @@ def test_wrong_tensors_are_refused_by_name():
         cpu.rms_norm(x.double(), weight.double(), 1e-5)
     with pytest.raises(ValueError, match="expected one on the CPU"):
         cpu.rms_norm(x.to("meta"), weight.to("meta"), 1e-5)
+    with pytest.raises(ValueError, match=r"residual is float32 \[1, 64\]; expected contiguous float32 \[2, 64\]"):
+        cpu.rms_norm_add(x, x[:1], weight, 1e-5)
     with pytest.raises(ValueError, match="odd number of columns"):
         cpu.silu_mul(x[:, :63].contiguous())
     with pytest.raises(ValueError, match="another number of inputs"):

@@ -11,11 +11,12 @@ from op_inputs import assert_close, assert_parity, attention_inputs, double, dra
 from test_bench import module, run
 from torch.utils._pytree import tree_map
 
-from lumina_rt import Engine, SamplingParams, engine, runner
+from lumina_rt import Engine, SamplingParams, engine, hub, runner
 from lumina_rt.kv_cache import KVCache
 from lumina_rt.model import Model
 from lumina_rt.multi_step import MultiStep
 from lumina_rt.sampler import Sampler
+from lumina_rt.vqgan import VQGAN, to_uint8
 
 pytest.importorskip("triton", reason="Triton is not installed; it is on Linux with the extra `test`")
 from lumina_rt.kernels import cuda
@@ -39,6 +40,7 @@ def test_norms_and_silu_in_bf16_match_the_reference(n):
     x, residual, weight = on_gpu(*(randn(n, HIDDEN, seed=i, dtype=BF16) for i in range(3)))
     assert_parity(cuda, "rms_norm", x, weight[0], 1e-5, dtype=BF16)
     assert_parity(cuda, "add_rms_norm", x, residual, weight[0], 1e-5, dtype=BF16)
+    assert_parity(cuda, "rms_norm_add", x, residual, weight[0], 1e-5, dtype=BF16)
     assert_parity(cuda, "silu_mul", *on_gpu(randn(n, 2 * INTERMEDIATE, dtype=BF16)), dtype=BF16)
 
 
@@ -95,6 +97,20 @@ def test_images_are_those_of_the_reference_ops(checkpoint, monkeypatch, quantiza
     ours = codes_of(Engine.from_pretrained(checkpoint, **options))
     monkeypatch.setattr(engine, "choose_ops", lambda *_: (reference, "as a test wants"))
     assert np.array_equal(ours, codes_of(Engine.from_pretrained(checkpoint, **options)))
+
+
+def test_a_picture_decoded_in_bf16_is_that_of_fp32():
+    """By the rule of the CPU: within 2 % of the spread of the pixels, and one of 255 in the mean."""
+    folder = hub.find_vqgan(hub.find_model("demo"), None)
+    on_cpu, plain, fast = (VQGAN.from_pretrained(folder, device=device) for device in ("cpu", "cuda", "cuda"))
+    fast.decode_in(BF16)
+    codes = torch.randint(fast.config.n_embed, (2, 10, 12), generator=torch.Generator().manual_seed(2))
+    exact, drawn = on_cpu.decode(codes), [vqgan.decode(codes) for vqgan in (plain, fast)]
+    assert all(pixels.dtype == torch.float32 and pixels.is_cuda for pixels in drawn)
+    errors = [float((pixels.cpu() - exact).square().mean().sqrt() / exact.std()) for pixels in drawn]
+    assert errors[0] < errors[1] < 0.02
+    steps = (to_uint8(drawn[1]).cpu().int() - to_uint8(exact).int()).abs()
+    assert steps.float().mean() < 1
 
 
 def without_waiting(function):

@@ -1,5 +1,8 @@
 """Which bucket a step falls into, and that padding changes nothing: with a stand-in for CUDA's graphs, on a CPU."""
 
+import contextlib
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +13,7 @@ from lumina_rt import Engine, graph, runner, sampler, weights
 from lumina_rt.graph import MAX_TOKENS, Graphs, bucket_of, buckets
 from lumina_rt.kv_cache import KVCache
 from lumina_rt.model import Step
-from lumina_rt.multi_step import MAX_STEPS
+from lumina_rt.multi_step import MAX_STEPS, MultiStep
 
 PAGES, PAGE, BLOCKS = 24, 16, 6
 
@@ -120,6 +123,55 @@ def test_recording_writes_to_the_spare_page_alone(model, recorded):
     assert not torch.equal(graphs.cache.k[:, PAGES], cache_of(model).k[:, PAGES])
 
 
+def test_recording_several_steps_writes_to_the_spare_page_alone(model, recorded):
+    several = MultiStep(model, cache_of(model), torch.arange(4, 68), 4, BLOCKS)
+    assert sorted(several.recorded) == [2, 4]
+    assert torch.equal(several.cache.k[:, :PAGES], cache_of(model).k[:, :PAGES])
+    assert not torch.equal(several.cache.k[:, PAGES], cache_of(model).k[:, PAGES])
+
+
+def test_each_graph_is_recorded_on_the_stream_that_its_libraries_were_set_up_on(monkeypatch):
+    log, current = [], ["default"]
+
+    class Stream:
+        names = iter(("own", "another"))
+
+        def __init__(self, name=None):
+            self.name = name or next(Stream.names)
+
+        def wait_stream(self, other):
+            log.append(f"{self.name} waits for {other.name}")
+
+    @contextlib.contextmanager
+    def on(stream):
+        current.append(stream.name)
+        yield
+        current.pop()
+
+    @contextlib.contextmanager
+    def recording(graph, pool, stream, capture_error_mode):
+        log.append(f"begin in {pool}, {capture_error_mode}")
+        with on(stream):
+            yield
+        log.append("end")
+
+    for name, value in {
+        "Stream": Stream, "current_stream": lambda: Stream(current[-1]), "stream": on, "graph": recording,
+        "CUDAGraph": lambda: SimpleNamespace(replay="replay"), "graph_pool_handle": lambda: "a pool",
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    made = graph.record(lambda i=i: log.append(f"{i} on {current[-1]}") or i for i in range(2))
+    assert list(made) == [("replay", 0), ("replay", 1)]
+    assert log == [
+        line
+        for i in range(2)
+        for line in (
+            "own waits for default", f"{i} on own", "default waits for own",
+            "begin in a pool, thread_local", f"{i} on own", "end",
+        )
+    ]  # fmt: skip
+
+
 def test_a_step_larger_than_all_buckets_runs_as_it_is(model, recorded):
     graphs, plain = Graphs(model, cache_of(model), 2, BLOCKS), cache_of(model)
     for rows in ([(0, 90), (0, 60)], [(20, 1), (3, 1), (40, 1)]):
@@ -157,6 +209,15 @@ def test_images_are_those_of_an_engine_without_graphs(checkpoint, plain_ops, rec
     controls = SIZE | {"guidance_scale": guidance_scale, "temperature": 2.0}
     expected, found = (made.generate_image(TEXTS, **controls, progress=False) for made in (plain, graphed))
     assert len(recorded) > 8
+    assert same_codes(found, expected)
+
+
+@pytest.mark.parametrize("speculation", [2, "off"])
+def test_an_engine_made_in_inference_mode_runs_outside_of_it(checkpoint, plain_ops, recorded, speculation):
+    """Its tensors are then such that torch lets nobody write them outside."""
+    with torch.inference_mode():
+        made = engines(checkpoint, speculation=speculation)
+    found, expected = (each.generate_image(TEXTS, **SIZE, progress=False) for each in made)
     assert same_codes(found, expected)
 
 

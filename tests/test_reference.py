@@ -34,6 +34,14 @@ def test_add_rms_norm_returns_the_sum_and_its_norm():
     assert torch.equal(out, reference.rms_norm(total, weight[0], 1e-5))
 
 
+def test_rms_norm_add_rounds_the_norm_before_the_sum():
+    torch.manual_seed(0)
+    x, residual, weight = torch.randn(3, 5, 48).bfloat16().unbind()
+    exact = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+    expected = (residual.double() + (weight[0] * exact.bfloat16()).double()).bfloat16()
+    assert torch.equal(reference.rms_norm_add(x, residual, weight[0], 1e-5), expected)
+
+
 def test_silu_mul_gates_the_second_half_by_the_first():
     x = torch.randn(4, 10, dtype=torch.float64)
     expected = x[:, :5] / (1 + (-x[:, :5]).exp()) * x[:, 5:]

@@ -107,15 +107,18 @@ def test_norms_and_silu_match_the_reference(dtype, n, hidden):
     assert_parity(cuda, "rms_norm", fence(x), weight, 1e-5, dtype=dtype)
     assert_parity(cuda, "rms_norm", fence(x / 300), weight, 1e-5, dtype=dtype)  # eps counts
     assert_parity(cuda, "add_rms_norm", fence(x), fence(residual), weight, 1e-5, dtype=dtype)
+    assert_parity(cuda, "rms_norm_add", fence(x), fence(residual), weight, 1e-5, dtype=dtype)
     assert_parity(cuda, "silu_mul", fence(place(3 * randn(n, 2 * hidden, dtype=dtype))), dtype=dtype)
 
 
-def test_norms_round_before_the_weight():
+def test_norms_round_before_the_weight_and_before_a_sum():
     x, weight = (place(randn(2, 192, seed=i, dtype=torch.float16)) for i in range(2))
     assert torch.equal(cuda.rms_norm(x, weight[0], 1e-5), reference.rms_norm(x, weight[0], 1e-5))
     out, total = cuda.add_rms_norm(x, x.flip(0), weight[0], 1e-5)
     assert torch.equal(total, x + x.flip(0))
     assert torch.equal(out, reference.rms_norm(total, weight[0], 1e-5))
+    added = cuda.rms_norm_add(x, x.flip(0), weight[0], 1e-5)
+    assert torch.equal(added, reference.rms_norm_add(x, x.flip(0), weight[0], 1e-5))
 
 
 def test_silu_is_right_where_exp_leaves_the_range_of_floats():
@@ -300,6 +303,8 @@ def test_a_row_of_the_other_ops_is_the_same_bits_in_any_batch():
     one = cuda.add_rms_norm(x[3:4], residual[3:4], weight[0], 1e-5)
     assert all(torch.equal(a[3:4], b) for a, b in zip(total, one, strict=True))
     assert torch.equal(cuda.rms_norm(x, weight[0], 1e-5)[3:4], cuda.rms_norm(x[3:4], weight[0], 1e-5))
+    added, one = (cuda.rms_norm_add(x[rows], residual[rows], weight[0], 1e-5) for rows in (slice(None), slice(3, 4)))
+    assert torch.equal(added[3:4], one)
     assert torch.equal(cuda.silu_mul(x)[3:4], cuda.silu_mul(x[3:4]))
     qkv, q_norm, k_norm, rope, positions, slots = qk_inputs(torch.float16, 5, 4, 2, 32, (2, 1))
     pages = [place(torch.zeros(3, 16, 2, 32, dtype=torch.float16)) for _ in range(4)]
