@@ -358,6 +358,36 @@ def test_a_dialog_finds_the_pages_of_its_past_even_in_a_pool_that_just_holds_it(
     traffic.finish()
 
 
+def test_a_request_that_waits_takes_no_prefix_that_would_not_help_it(tokenizer):
+    traffic = Traffic(tokenizer, num_pages=14)
+    first = traffic.submit("a" * 40, num_images=0, max_tokens=10)
+    traffic.run()
+    views = {"num_images": 4, "size": (32, 128), "guidance_scale": 1.0}  # 9 pages with their prompt
+    running = traffic.submit("b" * 40, **views)
+    traffic.step()
+    traffic.submit("c" * 40, **views)
+    traffic.step()
+    assert running.admitted
+    assert traffic.scheduler.waiting
+    assert traffic.scheduler.prefixes.longest(first.samples[0].tokens)[1] > 40
+    traffic.finish()
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_guesses_of_one_image_take_no_place_from_another(tokenizer, guidance):
+    traffic = Traffic(tokenizer, num_pages=120, budget=64, rows=64, speculation=64)
+    requests = [traffic.submit("a", num_images=1, size=(32, 128), guidance_scale=guidance) for _ in range(8)]
+    while not all(request.prefilled for request in requests):
+        traffic.step()
+    n_drafts = 0
+    for _ in range(4):
+        traffic.step()
+        assert len(traffic.plan) == 8
+        n_drafts += sum(len(work.draft) for work in traffic.plan)
+    assert n_drafts > 0
+    traffic.finish()
+
+
 @pytest.mark.parametrize("length", [5, 21])
 def test_a_request_as_large_as_the_pool_runs_after_one_that_left_part_of_a_page_of_its_prompt(tokenizer, length):
     traffic = Traffic(tokenizer, num_pages=4)
