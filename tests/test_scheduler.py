@@ -31,6 +31,11 @@ class Broken(RuntimeError):
     """A failure made for the test."""
 
 
+def made(event):
+    """An event; an output is made when it is read."""
+    return event() if callable(event) else event
+
+
 def is_broken(request):
     return bool(request.events) and isinstance(request.events[-1], Broken)
 
@@ -181,6 +186,9 @@ class Traffic:
 
     def check(self):
         """What must hold at any time: the accounts of the pages, and what is in them."""
+        for request in self.requests:
+            if request.events:
+                request.events[-1] = made(request.events[-1])
         pool, cache = self.pool, self.engine.cache
         references, leases = Counter(), 0
         contents = [(ids.tolist(), pages) for ids, pages in self.scheduler.prefixes._rows.values()]
