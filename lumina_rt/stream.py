@@ -1,6 +1,7 @@
 """The events of one request, for a caller that reads them as they come: by `for`, or in asyncio by `async for`."""
 
 import asyncio
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -63,7 +64,8 @@ class Stream:
         events = self._request.events
         if self._loop is None:
             self._loop, self._ready = asyncio.get_running_loop(), asyncio.Event()
-            self._engine._await(self._request, self._wake)
+            wake = weakref.WeakMethod(self._wake)  # the request must not keep a stream that was dropped
+            self._engine._await(self._request, lambda: (call := wake()) and call())
         while not (events or self._is_done):
             self._ready.clear()
             if not (events or self._is_done):  # nothing came before the flag was down

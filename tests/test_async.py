@@ -128,6 +128,18 @@ def test_steps_go_on_while_a_picture_is_decoded(engine, monkeypatch, way):
     idle(engine)
 
 
+def test_a_stream_that_is_dropped_ends_within_a_step(engine, forwards):
+    async def main():
+        await anext(engine.stream("a cat", LONG))
+        n_before = len(forwards)
+        while engine._requests:
+            await asyncio.sleep(0.001)
+        return len(forwards) - n_before
+
+    assert asyncio.run(main()) <= 2
+    idle(engine)
+
+
 @pytest.mark.parametrize("way", ["cancel", "aclose", "timeout", "break", "drop"])
 def test_a_stream_that_is_left_ends_within_a_step_and_the_others_go_on(engine, forwards, way):
     async def leave(stream):
