@@ -81,6 +81,10 @@ static void gumbel(const NoiseKey& key, const int64_t* tokens, float* out) {
     store(out, all(0) - log(load(exponential)));
 }
 
+// More than the noise of two tokens can differ by: u lies in [2^-33, 1 - 2^-24], so noise in [-3.2, 16.7]. What is that
+// far below the top is never drawn, and needs no noise of its own.
+constexpr float NOISE_SPREAD = 20;
+
 struct DrawControls {
     float guidance, temperature, top_p, min_p;
     int64_t top_k;
@@ -133,6 +137,7 @@ static int64_t draw(const T* cond, const T* uncond, const int64_t* token_ids, in
         threshold = std::max(threshold, border);
     }
     threshold = std::max(threshold, top + std::log(c.min_p));
+    threshold = std::max(threshold, top - NOISE_SPREAD);
 
     kept.clear();
     for (int64_t i = 0; i < columns; ++i)

@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ from lumina_rt.prompts import IMAGE_MARK, Message
 from lumina_rt.request import Draw, Grammar, Request, Sample, answer_length
 from lumina_rt.runner import Runner
 from lumina_rt.scheduler import Scheduler, Work
-from lumina_rt.stream import Stream, raised
+from lumina_rt.stream import Stream, told
 from lumina_rt.tokenizer import Tokenizer
 from lumina_rt.vqgan import VQGAN, to_uint8
 
@@ -97,6 +98,7 @@ class Engine:
         self._arriving: deque[Request] = deque()
         self._leaving: deque[tuple[Request, str | None]] = deque()
         self._ids = itertools.count()
+        self._drawing = threading.Lock()  # held while a picture of an answer is decoded
         self._awaiting = threading.Lock()  # guards the next
         self._is_looping = False  # whether a thread steps for callers in asyncio
 
@@ -441,29 +443,30 @@ class Engine:
         return True
 
     def _retire(self, request: Request, reason: str | None = None) -> None:
-        """End a request and make its output. Its pages are free before its images are decoded."""
+        """End a request. Its pages are free at once; who reads its end decodes its images, and holds up no step."""
         self._forget(request)
-        done = time.perf_counter()
         for sample in request.samples:
             sample.finish_reason = sample.finish_reason or reason
-        try:
-            answers = [self._read_answer(sample) for sample in request.samples]
-        except Exception as error:  # its own caller is told; whoever runs this step may be another
-            request.tell(error)
-            return
+        request.tell(partial(self._output, request, time.perf_counter()))
+
+    def _output(self, request: Request, done: float) -> RequestOutput:
+        """Make the output of a request that ended at the time `done`."""
+        begun = time.perf_counter()
+        answers = [self._read_answer(sample) for sample in request.samples]
+        vq_s = time.perf_counter() - begun
         admitted = request.admitted or done
         prefilled = request.prefilled or done
         timings = Timings(
             queue_s=admitted - request.arrived,
             prefill_s=prefilled - admitted,
             decode_s=done - prefilled,
-            vq_s=time.perf_counter() - done,
-            total_s=time.perf_counter() - request.arrived,
+            vq_s=vq_s,
+            total_s=done - request.arrived + vq_s,
             n_prompt_tokens=request.samples[0].n_prompt,
             n_answer_tokens=sum(len(sample.answer) for sample in request.samples),
             n_steps=request.n_steps,
         )
-        request.tell(RequestOutput(request.request_id, answers, request.seed, timings))
+        return RequestOutput(request.request_id, answers, request.seed, timings)
 
     def _forget(self, request: Request) -> None:
         self.scheduler.remove(request)
@@ -483,8 +486,13 @@ class Engine:
             text += self.tokenizer.decode(tokens[start:image]) + IMAGE_MARK
             start = tokens.index(vocab.image_end, image) + 1
         text += self.tokenizer.decode(tokens[start:])
-        pictures = [self.decode_codes(codes) for codes in sample.images]
+        pictures = [self._draw(codes) for codes in sample.images]
         return Answer(sample.index, text, pictures, sample.images, tokens, sample.finish_reason)
+
+    def _draw(self, codes: np.ndarray) -> Image.Image:
+        """As `decode_codes`, one at a time whoever asks: what decoding takes of memory is taken once."""
+        with self._drawing:
+            return self.decode_codes(codes)
 
     def _finish(
         self, requests: list[Request], events: deque, bar: tqdm, callback: Callback | None
@@ -510,7 +518,7 @@ class Engine:
                     raise AssertionError("a request waits, and there is nothing to run")
             finally:
                 self._release()
-        return raised(events.popleft())
+        return told(events.popleft())
 
     def decode_codes(self, codes: np.ndarray) -> Image.Image:
         """Draw the picture that codes stand for. codes: integers [rows, columns]."""

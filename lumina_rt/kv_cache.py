@@ -5,7 +5,7 @@ its rows grow, so a request that runs never lacks one. A page with more than one
 written. This file knows token ids only to compare prefixes; it knows nothing of images or requests.
 """
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -199,6 +199,19 @@ class PrefixStore:
         self._rows.move_to_end(best_key)
         pages = self._rows[best_key][1]
         return pages[: -(-best_length // self.page_size)], best_length
+
+    def make_room(self, n_pages: int) -> bool:
+        """Drop the oldest until so many pages are free; none where all of them would not do."""
+        if self.pool.n_free < n_pages and self.pool.n_free + self._n_own_pages() < n_pages:
+            return False
+        while self.pool.n_free < n_pages:
+            self.drop_oldest()
+        return True
+
+    def _n_own_pages(self) -> int:
+        """Pages that nobody but the store holds."""
+        held = Counter(page for _, pages in self._rows.values() for page in pages)
+        return sum(self.pool.holders[page] == n for page, n in held.items())
 
     def drop_oldest(self) -> None:
         _, (_, pages) = self._rows.popitem(last=False)

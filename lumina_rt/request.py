@@ -208,8 +208,8 @@ def answer_length(params: SamplingParams, grammar: Grammar, room: int) -> int:
 class Request:
     """A prompt, its samples, and the pages it was promised.
 
-    events: where its caller finds what happens: TextDelta, ImageRow, Preview, and at last the RequestOutput, or the
-    exception that ended it. Requests of one caller may share it.
+    events: where its caller finds what happens: TextDelta, ImageRow, Preview, and at last what makes the RequestOutput
+    when it is called, or the exception that ended it. Requests of one caller may share it.
     preview_every: rows of an image from one preview to the next; None asks for none.
     wake: called, in the thread that steps, when there is an event for a caller in asyncio.
     """

@@ -95,8 +95,10 @@ class Scheduler:
         # first of all, so that a small budget starves nobody.
         runnable.sort(key=lambda pair: (-pair[1].n_waited, pair[1].is_prefilling))
         plan: list[Work] = []
+        n_rows = sum(2 if sample.is_guided else 1 for _, sample in runnable)  # that this one and those behind it take
         for request, sample in runnable:
-            work = self._share_out(request, sample, budget, n_draws)
+            work = self._share_out(request, sample, budget, n_draws, budget // n_rows)
+            n_rows -= 2 if sample.is_guided else 1
             sample.n_waited = 0 if work else sample.n_waited + 1
             if work is None:
                 continue
@@ -122,12 +124,12 @@ class Scheduler:
         samples = request.samples if request.has_forked else request.samples[:1]
         return [sample for sample in samples if not sample.finish_reason]
 
-    def _share_out(self, request: Request, sample: Sample, budget: int, n_draws: int) -> Work | None:
+    def _share_out(self, request: Request, sample: Sample, budget: int, n_draws: int, share: int) -> Work | None:
+        """What a sample feeds: all that is known, where `budget` holds it, and guesses up to `share` tokens a row."""
         n_cond = len(sample.tokens) - sample.cond.n_cached
         n_uncond = len(sample.pending(sample.uncond)) if sample.is_guided else 0
         if n_cond + n_uncond <= budget:
-            n_rows = 2 if n_uncond else 1
-            draft, indices = sample.draft(n_draws, (budget - n_cond - n_uncond) // n_rows)
+            draft, indices = sample.draft(n_draws, share - max(n_cond, n_uncond))
             n_draft = len(draft)
             return Work(request, sample, n_cond + n_draft, n_uncond and n_uncond + n_draft, indices, draft)
         # A chunk leaves at least one token, so that both rows end, and the draw is made, in the same step.
@@ -211,14 +213,12 @@ class Scheduler:
         if n_matched:
             leader.cond.adopt(pages, n_matched, self.pool, self.config.page_size)
         n_pages = self._n_pages(request, n_matched)
-        while self.pool.n_free < n_pages and len(self.prefixes):
-            self.prefixes.drop_oldest()
-        if self.pool.n_free < n_pages:
+        if not self.prefixes.make_room(n_pages):
             # An adopted page that is filled in part is held beside its copy; without it the pool may just do.
             leader.cond.clear(self.pool)
             n_pages = self._n_pages(request, n_matched=0)
-        if self.pool.n_free < n_pages:
-            return False
+            if not self.prefixes.make_room(n_pages):
+                return False
         request.lease.open(n_pages)
         return True
 

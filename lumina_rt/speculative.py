@@ -8,7 +8,7 @@ values are overwritten. A guess is what the last step drew at its place, behind 
 """
 
 from collections import defaultdict, deque
-from statistics import median
+from statistics import median_low
 
 from lumina_rt.unirep import Layout, Slot
 
@@ -99,8 +99,10 @@ class Pace:
         """Take in what a step of so many tokens took."""
         size = _size(n_tokens)
         self._times[size].append(seconds)
+        if len(self._times[size]) == 1:
+            return  # it may have compiled a kernel; the lower of two tells what a step costs
         is_new = size not in self._seconds
-        self._seconds[size] = median(self._times[size])
+        self._seconds[size] = median_low(self._times[size])
         if is_new:
             self._seconds = dict(sorted(self._seconds.items()))
 

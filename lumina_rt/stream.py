@@ -1,7 +1,8 @@
 """The events of one request, for a caller that reads them as they come: by `for`, or in asyncio by `async for`."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING
 
 from lumina_rt.outputs import Event, RequestOutput
@@ -11,11 +12,11 @@ if TYPE_CHECKING:
     from lumina_rt.engine import Engine
 
 
-def raised(event: Event | BaseException) -> Event:
-    """The event; what ended a request in its place is raised."""
+def told(event: Event | Callable[[], Event] | BaseException) -> Event:
+    """The event: one that is made when it is read is made now, and what ended a request in its place is raised."""
     if isinstance(event, BaseException):
         raise event
-    return event
+    return event() if callable(event) else event
 
 
 class Stream:
@@ -51,7 +52,9 @@ class Stream:
             await self._arrival()
             if self._is_done:
                 raise StopAsyncIteration
-            return self._note(raised(self._request.events.popleft()))
+            event = self._request.events.popleft()
+            # What has pictures to decode does so in another thread than that of the loop.
+            return self._note(await asyncio.to_thread(told, event) if callable(event) else told(event))
         except BaseException:  # an error, or a task that was cancelled
             self.close()
             raise
@@ -61,7 +64,8 @@ class Stream:
         events = self._request.events
         if self._loop is None:
             self._loop, self._ready = asyncio.get_running_loop(), asyncio.Event()
-            self._engine._await(self._request, self._wake)
+            wake = weakref.WeakMethod(self._wake)  # the request must not keep a stream that was dropped
+            self._engine._await(self._request, lambda: (call := wake()) and call())
         while not (events or self._is_done):
             self._ready.clear()
             if not (events or self._is_done):  # nothing came before the flag was down

@@ -96,6 +96,50 @@ def test_streams_of_several_loops_and_of_plain_threads_run_side_by_side(engine):
     idle(engine)
 
 
+@pytest.mark.parametrize("way", ["plain", "asyncio"])
+def test_steps_go_on_while_a_picture_is_decoded(engine, monkeypatch, way):
+    decode, begun, go_on, waited = engine.vqgan.decode, threading.Event(), threading.Event(), []
+
+    def slow(codes):
+        begun.set()
+        waited.append(go_on.wait(20))
+        return decode(codes)
+
+    monkeypatch.setattr(engine.vqgan, "decode", slow)
+
+    async def main():
+        drawing = asyncio.create_task(read(engine.stream("a dog", IMAGE)))
+        while not begun.is_set():
+            await asyncio.sleep(0.001)
+        await read(engine.stream("a cat", SamplingParams(num_images=0, max_tokens=5)))
+        go_on.set()
+        await drawing
+
+    if way == "asyncio":
+        asyncio.run(main())
+    else:
+        drawing = threading.Thread(target=lambda: list(engine.stream("a dog", IMAGE)))
+        drawing.start()
+        assert begun.wait(20)
+        engine.generate(["a cat"], SamplingParams(num_images=0, max_tokens=5), progress=False)
+        go_on.set()
+        drawing.join()
+    assert waited == [True]
+    idle(engine)
+
+
+def test_a_stream_that_is_dropped_ends_within_a_step(engine, forwards):
+    async def main():
+        await anext(engine.stream("a cat", LONG))
+        n_before = len(forwards)
+        while engine._requests:
+            await asyncio.sleep(0.001)
+        return len(forwards) - n_before
+
+    assert asyncio.run(main()) <= 2
+    idle(engine)
+
+
 @pytest.mark.parametrize("way", ["cancel", "aclose", "timeout", "break", "drop"])
 def test_a_stream_that_is_left_ends_within_a_step_and_the_others_go_on(engine, forwards, way):
     async def leave(stream):

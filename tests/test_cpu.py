@@ -271,6 +271,17 @@ def test_ties_at_the_border_and_masked_logits_are_drawn_as_by_the_reference():
         assert len(set(ours.tolist())) > 1 or chosen == {"top_p": 0.5}
 
 
+def test_a_token_far_below_the_top_is_still_drawn_where_there_are_many():
+    logits = torch.full((4, 1 << 18), -13.0)
+    logits[:, 5] = 0
+    each = torch.arange(4)
+    _, _, _, ids, controls, keys = draw_inputs(4, logits.shape[1], 3, temperature=1.0)
+    args = logits, each, each, ids, controls, keys
+    ours = cpu.guided_sample(*args)
+    assert torch.equal(ours, reference.guided_sample(*args))
+    assert 0 < (ours != ids[5]).sum() < 4
+
+
 @pytest.mark.parametrize("columns", [3, 40])
 def test_logits_that_are_not_finite_give_minus_one(columns):
     logits = randn(4, columns)

@@ -31,6 +31,11 @@ class Broken(RuntimeError):
     """A failure made for the test."""
 
 
+def made(event):
+    """An event; an output is made when it is read."""
+    return event() if callable(event) else event
+
+
 def is_broken(request):
     return bool(request.events) and isinstance(request.events[-1], Broken)
 
@@ -181,6 +186,9 @@ class Traffic:
 
     def check(self):
         """What must hold at any time: the accounts of the pages, and what is in them."""
+        for request in self.requests:
+            if request.events:
+                request.events[-1] = made(request.events[-1])
         pool, cache = self.pool, self.engine.cache
         references, leases = Counter(), 0
         contents = [(ids.tolist(), pages) for ids, pages in self.scheduler.prefixes._rows.values()]
@@ -355,6 +363,36 @@ def test_a_dialog_finds_the_pages_of_its_past_even_in_a_pool_that_just_holds_it(
     traffic.step()
     assert kept > 42 + 15
     assert traffic.plan[0].n_cond == second.samples[0].n_prompt - kept
+    traffic.finish()
+
+
+def test_a_request_that_waits_takes_no_prefix_that_would_not_help_it(tokenizer):
+    traffic = Traffic(tokenizer, num_pages=14)
+    first = traffic.submit("a" * 40, num_images=0, max_tokens=10)
+    traffic.run()
+    views = {"num_images": 4, "size": (32, 128), "guidance_scale": 1.0}  # 9 pages with their prompt
+    running = traffic.submit("b" * 40, **views)
+    traffic.step()
+    traffic.submit("c" * 40, **views)
+    traffic.step()
+    assert running.admitted
+    assert traffic.scheduler.waiting
+    assert traffic.scheduler.prefixes.longest(first.samples[0].tokens)[1] > 40
+    traffic.finish()
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_guesses_of_one_image_take_no_place_from_another(tokenizer, guidance):
+    traffic = Traffic(tokenizer, num_pages=120, budget=64, rows=64, speculation=64)
+    requests = [traffic.submit("a", num_images=1, size=(32, 128), guidance_scale=guidance) for _ in range(8)]
+    while not all(request.prefilled for request in requests):
+        traffic.step()
+    n_drafts = 0
+    for _ in range(4):
+        traffic.step()
+        assert len(traffic.plan) == 8
+        n_drafts += sum(len(work.draft) for work in traffic.plan)
+    assert n_drafts > 0
     traffic.finish()
 
 

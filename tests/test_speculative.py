@@ -72,6 +72,16 @@ def test_a_pace_of_auto_takes_what_commits_most_a_second():
     assert Pace(7).window(2) == 7
 
 
+def test_a_first_step_that_compiled_puts_off_no_window():
+    pace, sizes = Pace("auto"), {1}
+    for _ in range(100):
+        n_draws = pace.window(2)
+        pace.observe(2 * n_draws, 1.0 if n_draws in sizes else 60.0)
+        pace.learn(n_draws, n_draws)
+        sizes.add(n_draws)
+    assert pace.window(2) == WINDOWS[-1]
+
+
 @pytest.mark.parametrize("speculation", ["on", "", 0, 65, 2.5, True, None])
 def test_an_unknown_speculation_is_refused_by_its_value(speculation):
     with pytest.raises(ValueError, match=f"speculation is {speculation!r}; expected"):
