@@ -1,6 +1,6 @@
 // All ops for one instruction set, LUMINA_ISA. Included once a set, behind the pragma that turns it on.
 //
-// LUMINA_AVX2 or LUMINA_AVX512 says which set that is: g++ before 13 reads a whole file before it minds a pragma, so
+// LUMINA_AVX2, or LUMINA_AVX512 and perhaps LUMINA_AMX, says which set that is: g++ before 13 reads a whole file before it minds a pragma, so
 // that __AVX2__ and its like are not defined behind one.
 
 #define LUMINA_TEXT(name) #name

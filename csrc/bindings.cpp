@@ -93,7 +93,7 @@ PYBIND11_MODULE(_C, m) {
         "use_isa",
         [](const std::string& isa) {
             const lumina::Ops* found = lumina::find_ops(isa.c_str());
-            if (!found) throw std::invalid_argument("isa is '" + isa + "'; expected one that this processor has");
+            if (!found) throw std::invalid_argument("isa is '" + isa + "'; expected one that this machine has");
             ops = found;
         },
         "Use another instruction set, for tests.");

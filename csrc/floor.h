@@ -93,7 +93,8 @@ static double tile_gmac_s(int threads) {
 // Likewise of tiles of 16 x 16 sums. PRODUCTS: of each of these.
 template <int PRODUCTS, class Dots>
 static double tiles_gmac_s(int threads, Dots dots) {
-    uint8_t tile[SIDE * 64] = {};
+    uint8_t tile[SIDE * 64];
+    for (int i = 0; i < SIDE * 64; ++i) tile[i] = static_cast<uint8_t>(i * 181 >> 3);  // zeros are faster
     return rate(threads, 4 * SIDE * SIDE * PRODUCTS, [&](int64_t rounds) {
         TilesOn on;
         load_tile<4>(tile, 64), load_tile<5>(tile, 64), load_tile<6>(tile, 64), load_tile<7>(tile, 64);

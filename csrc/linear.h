@@ -36,9 +36,11 @@ constexpr int TILE_ROWS = 2, WIDE_ROWS = 1;
 #endif
 
 #if defined(LUMINA_AMX)
-constexpr int FEW_ROWS = 8;  // up to which integers gain nothing by tiles of 16 rows
-inline int64_t whole_tiles(int64_t rows) { return rows <= FEW_ROWS ? rows : (rows + 15) / 16 * 16; }
+constexpr int SIDE = 16;      // rows of a tile of AMX, and outputs of a product
+constexpr int FEW_ROWS = 8;   // up to which integers gain nothing by tiles
+inline int64_t whole_tiles(int64_t rows) { return (rows + SIDE - 1) / SIDE * SIDE; }
 #else
+constexpr int FEW_ROWS = INT32_MAX;
 inline int64_t whole_tiles(int64_t rows) { return rows; }
 #endif
 
@@ -316,12 +318,12 @@ struct FloatInput {
 template <class Format>
 struct QuantizedInput {
     std::vector<Line<int8_t>> values;  // [groups, rows]: the inputs of a group
-    std::vector<float> scales;   // [groups, rows]
+    std::vector<float> scales;         // [groups, rows]
     std::vector<int32_t> offsets;  // likewise: what the zero points of weights add to the products, its sign turned
-    int64_t rows;  // with those that fill the last tile, which hold nothing
+    int64_t rows;                  // with those that fill the last tile, which hold nothing
 
     void prepare(int64_t n, int64_t inputs) {
-        rows = whole_tiles(n);
+        rows = n <= FEW_ROWS ? n : whole_tiles(n);
         int64_t groups = inputs / GROUP;
         values.resize(groups * rows);
         scales.resize(groups * rows);
@@ -495,6 +497,7 @@ static void linear(const Tensor& x, const Tensor& panels, const Tensor& scales, 
     expect("panels", panels, DType::u8, {ANY, ANY, STRIDE});
     int64_t inputs = x.shape[1], count = panels.shape[0], vectors = panels.shape[1];
     bool quantized = bits == 8 || bits == 4;
+    expect(inputs > 0, "x has no inputs");
     expect(quantized || bits == (dtype == DType::f32 ? 32 : 16), "the bits of weights are not those of x, 8 or 4");
     expect(!quantized || inputs % GROUP == 0, "inputs are no multiple of 64, as quantized weights want them");
     int64_t step = 32 / bits;

@@ -15,7 +15,7 @@ struct Bf16Input {
     int64_t rows, blocks;
 
     void prepare(int64_t n, int64_t inputs) {
-        rows = (n + SIDE - 1) / SIDE * SIDE;
+        rows = whole_tiles(n);
         blocks = (inputs + BLOCK - 1) / BLOCK;
         values.resize(blocks * rows);
     }
@@ -29,7 +29,7 @@ struct Bf16Input {
 };
 
 // Add the products of COUNT tiles of rows with blocks `begin` to `end` of a panel, as sums on top of what is there.
-// share: of the bytes that are asked of memory meanwhile, `part` of them so many.
+// Meanwhile `share` bytes a block are asked of memory, the `part`-th such share of the block that far ahead.
 template <int COUNT>
 static void add_blocks(const Bf16Input& x, const uint8_t* weights, int64_t vectors, int64_t row, int64_t begin,
                        int64_t end, int64_t part, int64_t share, float* sums) {
@@ -60,7 +60,7 @@ static void add_blocks(const Bf16Input& x, const uint8_t* weights, int64_t vecto
 
 static void multiply_panel(const Bf16Input& x, const Panels& w, int64_t panel, int64_t band, int64_t rows,
                            float* sums) {
-    std::fill(sums, sums + (rows + SIDE - 1) / SIDE * SIDE * WIDTH, 0.0f);
+    std::fill(sums, sums + whole_tiles(rows) * WIDTH, 0.0f);
     const uint8_t* weights = w.data + panel * w.vectors * STRIDE;
     // What several tiles of rows read stays in the first cache meanwhile.
     int64_t parts = (rows + 2 * SIDE - 1) / (2 * SIDE), chunk = parts == 1 ? x.blocks : CHUNK / SIDE;
@@ -72,7 +72,7 @@ static void multiply_panel(const Bf16Input& x, const Panels& w, int64_t panel, i
         }
 }
 
-// A group of both halves of a panel as tiles of bytes, the first half's rows STRIDE apart; in `room` where it is not so.
+// A group of both halves of a panel as tiles of bytes, rows of a half STRIDE apart; in `room` where it is not so.
 template <class Format>
 inline const uint8_t* bytes_of(const uint8_t* group, uint8_t*) {
     return group;

@@ -23,7 +23,7 @@ def isa(request):
     try:
         _C.use_isa(request.param)
     except ValueError:
-        pytest.skip(f"this processor has no {request.param}")
+        pytest.skip(f"this machine has no {request.param}")
     yield request.param
     _C.use_isa(before)
 
@@ -145,7 +145,16 @@ def test_qk_norm_rope_keeps_int8_as_the_reference_does(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("n", "inputs", "outputs"),
-    [(1, 192, 576), (2, 4096, 50), (13, 129, 33), (64, 300, 31), (65, 64, 16), (150, 513, 65), (3, 1, 1)],
+    [
+        (1, 192, 576),
+        (2, 4096, 50),
+        (13, 129, 33),
+        (64, 300, 31),
+        (65, 64, 16),
+        (150, 513, 65),
+        (3, 1, 1),
+        (40, 640, 33),
+    ],
 )
 def test_linear_matches_the_reference(dtype, n, inputs, outputs):
     x, weight = randn(n, inputs, dtype=dtype), randn(outputs, inputs, seed=1, dtype=dtype)
@@ -162,7 +171,9 @@ def rounded_inputs(x):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize(("n", "inputs", "outputs"), [(1, 192, 576), (2, 4096, 50), (13, 128, 33), (150, 576, 65)])
+@pytest.mark.parametrize(
+    ("n", "inputs", "outputs"), [(1, 192, 576), (2, 4096, 50), (13, 128, 33), (40, 1216, 33), (150, 576, 65)]
+)
 def test_quantized_linear_is_the_product_of_the_rounded_activations(dtype, bits, n, inputs, outputs):
     x, weight = randn(n, inputs, dtype=dtype), quantize(randn(outputs, inputs, seed=1), bits)
     x[0, :GROUP] = 0  # a group without a scale
@@ -175,8 +186,9 @@ def test_quantized_linear_is_the_product_of_the_rounded_activations(dtype, bits,
     assert (ours - unrounded).norm() / unrounded.norm() < 0.01
 
 
-def test_quantized_linear_is_exact_at_the_ends_of_the_range():
-    x = torch.full((1, GROUP), 127.0)
+@pytest.mark.parametrize("n", [1, 20])
+def test_quantized_linear_is_exact_at_the_ends_of_the_range(n):
+    x = torch.full((n, GROUP), 127.0)
     for value in (127, -127):
         weight = QuantizedWeight(torch.full((32, GROUP), 128 + value, dtype=torch.uint8), torch.ones(32, 1).bfloat16())
         assert (cpu.linear(x, cpu.pack(weight)) == 127 * value * GROUP).all()
@@ -188,13 +200,26 @@ def test_quantized_linear_is_exact_at_the_ends_of_the_range():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("bits", [8, 4])
-def test_activations_that_are_not_finite_stay_so_when_they_are_quantized(bad, bits):
-    x, weight = randn(2, 128), cpu.pack(quantize(randn(32, 128, seed=1), bits))
+@pytest.mark.parametrize("format", [torch.bfloat16, 8, 4])
+@pytest.mark.parametrize("n", [2, 20])
+def test_activations_that_are_not_finite_stay_so_in_their_row(bad, format, n):
+    x, weight = inputs_of(format, n, 128), weights_of(format, 32, 128)
     x[1, 100] = bad
-    out = cpu.linear(x, weight)
-    assert out[0].isfinite().all()
-    assert not out[1].isfinite().any()
+    is_finite = cpu.linear(x, weight).isfinite()
+    assert not is_finite[1].any()
+    assert is_finite.sum() == (n - 1) * 32
+
+
+@pytest.mark.parametrize("n", [1, 20, 40])
+def test_what_lies_behind_a_panel_of_weights_is_not_multiplied(n):
+    weight = randn(64, 33, seed=1, dtype=torch.bfloat16)
+    weight[32:] = math.nan
+    out = cpu.linear(randn(n, 33, dtype=torch.bfloat16), cpu.pack(weight))
+    assert out[:, :32].isfinite().all()
+
+
+def inputs_of(format, n, inputs):
+    return randn(n, inputs, dtype=torch.bfloat16 if format == torch.bfloat16 else torch.float32)
 
 
 def weights_of(format, outputs=70, inputs=192):
@@ -203,13 +228,15 @@ def weights_of(format, outputs=70, inputs=192):
 
 
 @pytest.mark.parametrize("format", [torch.float32, torch.bfloat16, 8, 4])
-@pytest.mark.parametrize("n", [1, 2, 7, 16, 64, 65, 200])
+@pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 16, 17, 33, 40, 49, 64, 65, 200])
 def test_a_row_of_linear_is_the_same_bits_in_any_batch(format, n):
-    x = randn(n, 192, dtype=torch.bfloat16 if format == torch.bfloat16 else torch.float32)
-    weight = weights_of(format)
-    together = cpu.linear(x, weight)
-    for row in {0, n // 2, n - 1}:
-        assert torch.equal(cpu.linear(x[row : row + 1], weight)[0], together[row])
+    for inputs in (
+        (192, 1216) if isinstance(format, int) else (192, 1157)
+    ):  # the second in several chunks, one cut short
+        x, weight = inputs_of(format, n, inputs), weights_of(format, inputs=inputs)
+        together = cpu.linear(x, weight)
+        for row in {0, n // 2, n - 1}:
+            assert torch.equal(cpu.linear(x[row : row + 1], weight)[0], together[row])
 
 
 @pytest.mark.parametrize("keep", [torch.clone, int8_pages])
