@@ -7,7 +7,6 @@ tokenizer, then for each stage its tokenised dialogs and its training.
 import argparse
 import json
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,6 +39,7 @@ MODEL = {
 TARGET_SIZES = (80, 96, 64)  # the default first
 # Among the best of temperatures 0 to 0.6 and scales 1.5 to 3.5, on up to 720 prompts that are not the evaluation's.
 SAMPLING = {"temperature": 0.2, "guidance_scale": 2.0}
+GROWN = (2, 4)  # layers, of 6, that get a copy behind them before the last stage
 LARGEST_GRID = 12  # units of 16 pixels: 192 is the longest side of the 96 x 96 candidates
 N_MERGES = 400
 
@@ -58,14 +58,9 @@ OMNI_LONG = {
     "detection": 4, "editing": 8, "from_condition": 3, "multiview": 2,
 }  # fmt: skip
 # And of what was still weak after that.
-OMNI_WIDE = {
+OMNI_LAST = {
     "text_to_image": 30, "describe": 4, "questions": 8, "talk": 0.3, "segmentation": 1.5, "depth": 0.6, "normals": 0.6,
     "detection": 5, "editing": 10, "from_condition": 5, "multiview": 2,
-}  # fmt: skip
-# Edits and questions before all, whose scenes have things that one word hardly tells apart.
-OMNI_EDITS = {
-    "text_to_image": 24, "describe": 3, "questions": 13, "talk": 0.3, "segmentation": 1.2, "depth": 0.5, "normals": 0.5,
-    "detection": 6, "editing": 40, "from_condition": 6, "multiview": 1.5,
 }  # fmt: skip
 
 
@@ -73,7 +68,7 @@ OMNI_EDITS = {
 class Stage:
     """tasks: their shares.  targets: areas of the pictures, by their root.  n: dialogs.  passes: over all of them.
 
-    lr, min_lr, muon_lr: as TrainingConfig.  grows: layers that get a copy behind them first.  also: earlier stages
+    lr, min_lr, muon_lr: as TrainingConfig.  grows: whether the model gets more layers first.  also: earlier stages
     whose dialogs are shown again.
     """
 
@@ -85,11 +80,11 @@ class Stage:
     lr: float
     min_lr: float
     muon_lr: float = 8e-3
-    grows: tuple[int, ...] = ()
+    grows: bool = False
     also: tuple[str, ...] = ()
 
 
-# FP-SFT in three stages of growing area, then Omni-SFT (paper, section 2.2.2), in five.
+# FP-SFT in three stages of growing area, then Omni-SFT (paper, section 2.2.2), in four.
 STAGES = (
     Stage("fp64", TEXT_TO_IMAGE, (64,), 18_000, 1, 2.5e-3, 2.5e-3),
     Stage("fp80", TEXT_TO_IMAGE, (80,), 60_000, 1, 2.5e-3, 2.5e-3),
@@ -97,8 +92,7 @@ STAGES = (
     Stage("omni", OMNI, (80, 80, 80, 96, 64), 60_000, 1, 2.5e-3, 2e-5),
     Stage("drawing", OMNI_DRAWING, (80, 80, 80, 96, 64), 120_000, 1, 2.5e-3, 2e-5),
     Stage("long", OMNI_LONG, (80, 80, 80, 96, 64), 240_000, 1.33, 2.5e-3, 2e-5),
-    Stage("last", OMNI_WIDE, (80, 80, 80, 96, 64), 200_000, 0.75, 2e-3, 1e-5, 6.5e-3, grows=(2, 4), also=("long",)),
-    Stage("edits", OMNI_EDITS, (80, 80, 80, 96, 64), 180_000, 0.5, 1.5e-3, 1e-5, 5e-3, grows=(2, 5)),
+    Stage("last", OMNI_LAST, (80, 80, 80, 96, 64), 200_000, 0.75, 2e-3, 1e-5, 6.5e-3, grows=True, also=("long",)),
 )
 BATCH_TOKENS = 4096
 
@@ -152,14 +146,14 @@ def write_start(folder: Path, vqgan: Path) -> None:
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
-def grow(source: Path, output: Path, behind: Sequence[int]) -> Path:
-    """Write the model of `source` with a copy behind each of some layers that adds nothing yet; return `output`.
+def grow(source: Path, output: Path) -> Path:
+    """Write the model of `source` with a copy behind each layer of GROWN that adds nothing yet; return `output`.
 
     It draws as before, and has more to learn with.
     """
     values = weights.read_json(source / "config.json")
     state = weights.read_state(source, weights.config_from_json(values))
-    layers = sorted([*range(values["num_hidden_layers"]), *behind])
+    layers = sorted([*range(values["num_hidden_layers"]), *GROWN])
     grown = {name: weight for name, weight in state.items() if not name.startswith("model.layers.")}
     for new, old in enumerate(layers):
         prefix, is_copy = f"model.layers.{old}.", new > 0 and layers[new - 1] == old
@@ -181,7 +175,7 @@ def run_stage(stage: Stage, source: Path, folder: Path) -> Path:
         dialogs = data.dialogs_of(stage.tasks, stage.targets, vqgan.config.factor, stage.n, stage.name)
         data.write(file, dialogs, stage.n, tokenizer, vqgan)
     if stage.grows:
-        source = grow(source, folder / f"{stage.name}-start", stage.grows)
+        source = grow(source, folder / f"{stage.name}-start")
     files, output = [file, *(file.with_stem(name) for name in stage.also)], folder / stage.name
     dtype = weights.fastest_dtype("cuda" if torch.cuda.is_available() else "cpu")
     config = TrainingConfig(
