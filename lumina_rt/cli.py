@@ -249,16 +249,13 @@ def _add_engine(command, model: str | None) -> None:
     add_fields(group, EngineConfig, [field.name for field in fields(EngineConfig)])
 
 
-def _controls(args, answers_image: bool = False, engine: Engine | None = None) -> dict:
+def _controls(args, defaults: Mapping | None = None, engine: Engine | None = None) -> dict:
     """All sampling options of the command, checked; the model's own defaults are known with its engine.
 
-    answers_image: whether a picture is answered by a picture. Raises ValueError.
+    Raises ValueError.
     """
     given = {name: value for name, value in vars(args).items() if name in args.controls}
-    defaults = engine.defaults if engine else {}
-    if answers_image:
-        defaults = {**defaults, **(engine.image_to_image if engine else IMAGE_TO_IMAGE)}
-    params = SamplingParams(**{**defaults, **given})
+    params = SamplingParams(**{**(engine.defaults if engine else {}), **(defaults or {}), **given})
     return {name: getattr(params, name) for name in args.controls}
 
 
@@ -362,13 +359,14 @@ def _generate(args):
     texts = [text for prompt in args.prompt for text in (_stdin_lines() if prompt == "-" else [prompt])]
     if not texts:
         raise ValueError("no prompt on stdin; expected one a line")
-    controls = _controls(args, bool(args.condition))
+    defaults = IMAGE_TO_IMAGE if args.condition else None
+    controls = _controls(args, defaults)
     paths = output_paths(args.output, len(texts) * controls["n"])
     check_outputs(paths, args.force)
     previews = _previews(args, paths)
     condition = images.open_image(args.condition) if args.condition else None
     engine = _engine(args)
-    controls, shown = _controls(args, bool(args.condition), engine), _shown(args, previews)
+    controls, shown = _controls(args, defaults, engine), _shown(args, previews)
     if condition:
         outputs = [engine.from_condition(condition, text, **shown, **controls) for text in texts]
     else:
@@ -407,13 +405,14 @@ def _label(args):
 
 
 def _image_to_image(args, asked: dict, task, *words: str):
-    controls = _controls(args, answers_image=True)
+    controls = _controls(args, IMAGE_TO_IMAGE)
     paths = output_paths(args.output, controls["n"])
     check_outputs(paths, args.force)
     previews = _previews(args, paths)
     picture = images.open_image(args.image)
     engine = _engine(args)
-    controls = _controls(args, answers_image=True, engine=engine)
+    own = engine.editing if task is Engine.edit else {}
+    controls = _controls(args, IMAGE_TO_IMAGE | own, engine)
     output = task(engine, picture, *words, **_shown(args, previews), **controls)
     previews.finish()
     return _report(args, [_save(args, output, paths, asked, controls)])
@@ -428,7 +427,7 @@ def _multiview(args):
     check_outputs([sheet, *paths], args.force)
     previews = _previews(args, [sheet, *paths])
     engine = _engine(args)
-    controls = _controls(args, engine=engine)
+    controls = _controls(args, None, engine)
     output = engine.multiview(args.prompt, args.views, args.side, **_shown(args, previews), **controls)
     previews.finish()
     asked = {"prompt": args.prompt, "views": args.views}
@@ -449,7 +448,7 @@ def _chat(args):
     previews = _previews(args, [], beside_bar=is_drawn)
     pictures = [images.open_image(path) for path in args.image]
     engine = _engine(args)
-    controls = _controls(args, engine=engine)
+    controls = _controls(args, None, engine)
 
     def show(event) -> None:
         previews(event)

@@ -53,7 +53,7 @@ class Engine:
 
     sizes: the legal (width, height) of images, in pixels.  default_size: what an image gets when none is asked for.
     defaults: the model's own for fields of SamplingParams, where the caller says nothing.
-    image_to_image: what differs from these where a picture is answered by a picture.
+    editing: the model's own for edits, which differ from IMAGE_TO_IMAGE.
     kv_bytes_a_token: what a token of one row takes of the KV cache.
     """
 
@@ -65,11 +65,11 @@ class Engine:
         config: EngineConfig | None = None,
         target_sizes: Sequence[int] = TARGET_SIZES,
         defaults: Mapping | None = None,
-        image_to_image: Mapping | None = None,
+        editing: Mapping | None = None,
     ):
         self.config = (config or EngineConfig()).on(model.embed.device.type)
         self.model, self.tokenizer, self.vqgan, self.defaults = model, tokenizer, vqgan, dict(defaults or {})
-        self.image_to_image = IMAGE_TO_IMAGE | dict(image_to_image or {})
+        self.editing = dict(editing or {})
         factor = vqgan.config.factor
         candidates = [unirep.candidate_sizes(target, patch=2 * factor) for target in target_sizes]
         self.input_sizes = candidates[0]  # what a picture of the user is fitted to
@@ -129,7 +129,7 @@ class Engine:
         config = from_options(EngineConfig, options).on(device)
         folder = hub.find_model(model)
         target_sizes, defaults = target_sizes_of(folder), sampling_defaults_of(folder)
-        image_to_image = sampling_defaults_of(folder, "image_to_image")
+        editing = sampling_defaults_of(folder, "editing")
         tokens = Tokenizer.from_file(hub.find_tokenizer(folder, tokenizer))
         # Before the weights, which may take minutes: what is wrong with the small files is told at once.
         image_tokenizer = VQGAN.from_pretrained(hub.find_vqgan(folder, vqgan), device=device)
@@ -146,7 +146,7 @@ class Engine:
         if tokens.vocab.size > loaded.config.vocab_size:
             problem = f"{tokens.vocab.size} ids in the tokenizer, {loaded.config.vocab_size} in the model"
             raise CheckpointError(folder, [problem])
-        return cls(loaded, tokens, image_tokenizer, config, target_sizes, defaults, image_to_image)
+        return cls(loaded, tokens, image_tokenizer, config, target_sizes, defaults, editing)
 
     def params(self, **controls) -> SamplingParams:
         """SamplingParams of these fields, the others as the model has them. Raises ValueError for an unknown field."""
@@ -249,7 +249,7 @@ class Engine:
 
     def edit(self, image, instruction: str, **controls) -> RequestOutput:
         """Edit a picture as told."""
-        return self._image_to_image(prompts.editing(instruction), image, controls)
+        return self._image_to_image(prompts.editing(instruction), image, self.editing | controls)
 
     def segment(self, image, **controls) -> RequestOutput:
         """Draw the semantic segmentation of a picture."""
@@ -544,7 +544,7 @@ class Engine:
         codes = image if isinstance(image, np.ndarray) else self.encode_image(image)
         question = prompts.as_conversation(Message("user", text, (codes,)))
         size = unirep.Layout(*codes.shape).size(self.grammar.factor)
-        defaults = {"num_images": 1, "size": size, **self.image_to_image}
+        defaults = {"num_images": 1, "size": size, **IMAGE_TO_IMAGE}
         return self._answer(question, defaults | controls)
 
     def _num_pages(self) -> int:

@@ -22,9 +22,8 @@ def target_sizes_of(folder: Path) -> tuple[int, ...]:
 def sampling_defaults_of(folder: Path, key: str = "sampling") -> dict:
     """What a model wants fields of SamplingParams to be, by a key of its generation_config.json.
 
-    key: "sampling", or "image_to_image" for what differs from that where a picture is answered by a picture. Raises
-    CheckpointError. Other keys of that file are not looked at: released ones name a temperature that the reference's
-    own scripts do not use.
+    key: "sampling", or "editing" for what differs in edits. Raises CheckpointError. Other keys of that file
+    are not looked at: released ones name a temperature that the reference's own scripts do not use.
     """
     path = folder / "generation_config.json"
     defaults = weights.read_json(path).get(key, {}) if path.exists() else {}

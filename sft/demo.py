@@ -39,6 +39,8 @@ MODEL = {
 TARGET_SIZES = (80, 96, 64)  # the default first
 # Among the best of temperatures 0 to 0.6 and scales 1.5 to 3.5, on up to 720 prompts that are not the evaluation's.
 SAMPLING = {"temperature": 0.2, "guidance_scale": 2.0}
+# Without guidance a cold model adds nothing where it is told to: of 23 such edits 2 were right, by this scale 14.
+EDITING = {"guidance_scale": 1.5}
 GROWN = (2, 4)  # layers, of 6, that get a copy behind them before the last stage
 LARGEST_GRID = 12  # units of 16 pixels: 192 is the longest side of the 96 x 96 candidates
 N_MERGES = 400
@@ -142,7 +144,7 @@ def write_start(folder: Path, vqgan: Path) -> None:
             table[image_tokens] = 0.9 * alike + 0.4 * table[image_tokens]
     save_torch_state_dict(model.state_dict(), folder)
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-    generation = {"target_sizes": TARGET_SIZES, "sampling": SAMPLING}
+    generation = {"target_sizes": TARGET_SIZES, "sampling": SAMPLING, "editing": EDITING}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 

@@ -8,10 +8,11 @@ import argparse
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from random import Random
+from types import MappingProxyType
 
 import numpy as np
 from lumina_rt.sft import captions, checker, tasks, vq, world
@@ -21,6 +22,7 @@ from PIL import Image
 
 from lumina_rt import Engine, Message, SamplingParams, prompts
 from lumina_rt.checkpoint import CheckpointError
+from lumina_rt.engine import IMAGE_TO_IMAGE
 
 CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attribution")
 NEAR = 0.1  # of the picture's side: how far from its place a thing may be drawn
@@ -162,7 +164,7 @@ def editing(engine: Engine, n: int) -> float:
     scenes = _scenes(engine, n, "editing")
     edits = [edit(Random(f"edit {i}"), scene, training=False) for i, (scene, _) in enumerate(scenes)]
     questions = [_shown(prompts.editing(words), *scene) for (words, _), scene in zip(edits, scenes, strict=True)]
-    drawn = _draw(engine, questions, scenes)
+    drawn = _draw(engine, questions, scenes, engine.editing)
     rows = zip(edits, scenes, drawn, strict=True)
     return float(np.mean([_shows(image, after, _n_added(before, after)) for (_, after), (before, _), image in rows]))
 
@@ -174,12 +176,12 @@ def editing_in_two_turns(engine: Engine, n: int) -> float:
     first = [edit(rng, scene, training=False) for rng, (scene, _) in zip(rngs, scenes, strict=True)]
     second = [edit(rng, after, training=False) for rng, (_, after) in zip(rngs, first, strict=True)]
     questions = [_shown(prompts.editing(words), *scene) for (words, _), scene in zip(first, scenes, strict=True)]
-    outputs = engine.generate(questions, _image_params(engine, scenes))
+    outputs = engine.generate(questions, _image_params(engine, scenes, engine.editing))
     dialogs = [
         [question, output.answers[0].message(), Message("user", words)]
         for question, output, (words, _) in zip(questions, outputs, second, strict=True)
     ]
-    drawn = [output.images[0] for output in engine.generate(dialogs, _image_params(engine, scenes))]
+    drawn = [output.images[0] for output in engine.generate(dialogs, _image_params(engine, scenes, engine.editing))]
     rows = zip(drawn, scenes, first, second, strict=True)
     return float(np.mean([_shows(image, b, _n_added(before, a, b)) for image, (before, _), (_, a), (_, b) in rows]))
 
@@ -283,14 +285,13 @@ def _shown(words: str, scene: Scene, size: tuple[int, int]) -> Message:
     return Message("user", words, (world.picture(scene, *size),))
 
 
-def _image_params(engine: Engine, scenes) -> list[SamplingParams]:
-    return [
-        engine.params(num_images=1, size=size, seed=i, **engine.image_to_image) for i, (_, size) in enumerate(scenes)
-    ]
+def _image_params(engine: Engine, scenes, own: Mapping = MappingProxyType({})) -> list[SamplingParams]:
+    controls = IMAGE_TO_IMAGE | own
+    return [engine.params(num_images=1, size=size, seed=i, **controls) for i, (_, size) in enumerate(scenes)]
 
 
-def _draw(engine: Engine, questions: list, scenes) -> list[Image.Image]:
-    return [output.images[0] for output in engine.generate(questions, _image_params(engine, scenes))]
+def _draw(engine: Engine, questions: list, scenes, own: Mapping = MappingProxyType({})) -> list[Image.Image]:
+    return [output.images[0] for output in engine.generate(questions, _image_params(engine, scenes, own))]
 
 
 def _label(engine: Engine, scenes, words: str) -> list[Image.Image]:
@@ -356,7 +357,7 @@ def evaluate(engine: Engine, n: int, n_task: int, names: Sequence[str] = tuple(T
     result["tasks"]["vq_psnr_db"] = vq.psnr(engine.vqgan)
     params = engine.params(**controls)
     settings = {name: getattr(params, name) for name in ("guidance_scale", "temperature", "top_k", "top_p", "min_p")}
-    return {**result, "n": n, "settings": settings | {"n_task": n_task, "image_to_image": engine.image_to_image}}
+    return {**result, "n": n, "settings": settings | {"n_task": n_task, "editing": engine.editing}}
 
 
 def main(argv: list[str] | None = None) -> None:

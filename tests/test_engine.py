@@ -521,21 +521,20 @@ def test_a_model_may_name_defaults_of_its_own(tmp_path):
     assert engine.generate([text], explicit, progress=False)[0].token_ids == drawn[0]
 
 
-def test_a_model_may_answer_pictures_by_pictures_in_its_own_way(tmp_path):
-    own = {"sampling": {"temperature": 1.0, "guidance_scale": 3.0}, "image_to_image": {"temperature": 0.0}}
+def test_a_model_may_edit_in_its_own_way(tmp_path):
+    own = {"sampling": {"temperature": 1.0, "guidance_scale": 3.0}, "editing": {"temperature": 0.0}}
     folder = dummy.write_checkpoint(tmp_path, generation={"target_sizes": [64], **own})
     engine = Engine.from_pretrained(folder, device="cpu", page_size=16, num_pages=64)
-    assert engine.image_to_image == {"guidance_scale": 1.0, "top_k": 200, "temperature": 0.0}
     picture = Image.new("RGB", (64, 64), "red")
     drawn = [engine.edit(picture, "Make it blue.", seed=seed, progress=False).token_ids for seed in (1, 2)]
     assert drawn[0] == drawn[1]
     asked = [engine.edit(picture, "Make it blue.", seed=i, temperature=1.0, progress=False).token_ids for i in (1, 2)]
     assert asked[0] != asked[1]
-    told = [engine.generate_image("a dog", seed=seed, progress=False).token_ids for seed in (1, 2)]
-    assert told[0] != told[1]
+    labels = [engine.depth(picture, seed=seed, progress=False).token_ids for seed in (1, 2)]
+    assert labels[0] != labels[1]
 
 
-@pytest.mark.parametrize("key", ["sampling", "image_to_image"])
+@pytest.mark.parametrize("key", ["sampling", "editing"])
 @pytest.mark.parametrize("wrong", [{"heat": 1}, {"temperature": -1}, [1]])
 def test_wrong_defaults_of_a_model_are_told(tmp_path, key, wrong):
     folder = dummy.write_checkpoint(tmp_path, generation={"target_sizes": [64], key: wrong})

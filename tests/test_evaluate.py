@@ -19,7 +19,7 @@ N = 6
 class Stub:
     """Answers the i-th question with the i-th of `answers`: lists of images, or a text."""
 
-    image_to_image = MappingProxyType({"guidance_scale": 1.5})
+    editing = MappingProxyType({"guidance_scale": 1.5})
 
     def __init__(self, answers=()):
         self.default_size, self.input_sizes = (80, 80), unirep.candidate_sizes(80, patch=16)
