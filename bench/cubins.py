@@ -64,7 +64,7 @@ def launches() -> list[Launch]:
 
 
 def of_layers() -> Iterator[Launch]:
-    """All of a layer but its products: of 7B and 34B in bf16, and of the embedded model, which is in fp32."""
+    """All of a layer but its products: of 7B and 34B in bf16, and of the embedded model in fp32, if asked for."""
     for model, dtype, hidden, heads, kv_heads, head_dim, mp in (
         ("7B", BF16, 4096, 32, 32, 128, 1),
         ("34B", BF16, 8192, 64, 8, 128, 4),

@@ -1,7 +1,7 @@
 // All ops for one instruction set, LUMINA_ISA. Included once a set, behind the pragma that turns it on.
 //
-// LUMINA_AVX2, or LUMINA_AVX512 and perhaps LUMINA_AMX, says which set that is: g++ before 13 reads a whole file before it minds a pragma, so
-// that __AVX2__ and its like are not defined behind one.
+// LUMINA_AVX2, or LUMINA_AVX512 and perhaps LUMINA_AMX, says which set that is: g++ before 13 reads a whole file before
+// it minds a pragma, so that __AVX2__ and its like are not defined behind one.
 
 #define LUMINA_TEXT(name) #name
 #define LUMINA_NAME(name) LUMINA_TEXT(name)

@@ -36,13 +36,12 @@ constexpr int TILE_ROWS = 2, WIDE_ROWS = 1;
 #endif
 
 #if defined(LUMINA_AMX)
-constexpr int SIDE = 16;      // rows of a tile of AMX, and outputs of a product
-constexpr int FEW_ROWS = 8;   // up to which integers gain nothing by tiles
-inline int64_t whole_tiles(int64_t rows) { return (rows + SIDE - 1) / SIDE * SIDE; }
+constexpr int SIDE = 16;     // rows of a tile of AMX, and outputs of a product
+constexpr int FEW_ROWS = 8;  // up to which integers gain nothing by tiles
 #else
-constexpr int FEW_ROWS = INT32_MAX;
-inline int64_t whole_tiles(int64_t rows) { return rows; }
+constexpr int SIDE = 1, FEW_ROWS = 0;
 #endif
+inline int64_t whole_tiles(int64_t rows) { return (rows + SIDE - 1) / SIDE * SIDE; }
 
 // What a tile or a vector loads at once, within one line of the cache.
 template <class T>

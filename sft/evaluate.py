@@ -8,11 +8,10 @@ import argparse
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from random import Random
-from types import MappingProxyType
 
 import numpy as np
 from lumina_rt.sft import captions, checker, tasks, vq, world
@@ -164,7 +163,7 @@ def editing(engine: Engine, n: int) -> float:
     scenes = _scenes(engine, n, "editing")
     edits = [edit(Random(f"edit {i}"), scene, training=False) for i, (scene, _) in enumerate(scenes)]
     questions = [_shown(prompts.editing(words), *scene) for (words, _), scene in zip(edits, scenes, strict=True)]
-    drawn = _draw(engine, questions, scenes, engine.editing)
+    drawn = _draw(engine, questions, scenes, IMAGE_TO_IMAGE | engine.editing)
     rows = zip(edits, scenes, drawn, strict=True)
     return float(np.mean([_shows(image, after, _n_added(before, after)) for (_, after), (before, _), image in rows]))
 
@@ -176,12 +175,13 @@ def editing_in_two_turns(engine: Engine, n: int) -> float:
     first = [edit(rng, scene, training=False) for rng, (scene, _) in zip(rngs, scenes, strict=True)]
     second = [edit(rng, after, training=False) for rng, (_, after) in zip(rngs, first, strict=True)]
     questions = [_shown(prompts.editing(words), *scene) for (words, _), scene in zip(first, scenes, strict=True)]
-    outputs = engine.generate(questions, _image_params(engine, scenes, engine.editing))
+    params = _image_params(engine, scenes, IMAGE_TO_IMAGE | engine.editing)
+    outputs = engine.generate(questions, params)
     dialogs = [
         [question, output.answers[0].message(), Message("user", words)]
         for question, output, (words, _) in zip(questions, outputs, second, strict=True)
     ]
-    drawn = [output.images[0] for output in engine.generate(dialogs, _image_params(engine, scenes, engine.editing))]
+    drawn = [output.images[0] for output in engine.generate(dialogs, params)]
     rows = zip(drawn, scenes, first, second, strict=True)
     return float(np.mean([_shows(image, b, _n_added(before, a, b)) for image, (before, _), (_, a), (_, b) in rows]))
 
@@ -285,13 +285,12 @@ def _shown(words: str, scene: Scene, size: tuple[int, int]) -> Message:
     return Message("user", words, (world.picture(scene, *size),))
 
 
-def _image_params(engine: Engine, scenes, own: Mapping = MappingProxyType({})) -> list[SamplingParams]:
-    controls = IMAGE_TO_IMAGE | own
+def _image_params(engine: Engine, scenes, controls: dict = IMAGE_TO_IMAGE) -> list[SamplingParams]:
     return [engine.params(num_images=1, size=size, seed=i, **controls) for i, (_, size) in enumerate(scenes)]
 
 
-def _draw(engine: Engine, questions: list, scenes, own: Mapping = MappingProxyType({})) -> list[Image.Image]:
-    return [output.images[0] for output in engine.generate(questions, _image_params(engine, scenes, own))]
+def _draw(engine: Engine, questions: list, scenes, controls: dict = IMAGE_TO_IMAGE) -> list[Image.Image]:
+    return [output.images[0] for output in engine.generate(questions, _image_params(engine, scenes, controls))]
 
 
 def _label(engine: Engine, scenes, words: str) -> list[Image.Image]:

@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 from random import Random
-from types import MappingProxyType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 from lumina_rt.sft import captions, evaluate, tasks, world
@@ -19,11 +19,9 @@ N = 6
 class Stub:
     """Answers the i-th question with the i-th of `answers`: lists of images, or a text."""
 
-    editing = MappingProxyType({"guidance_scale": 1.5})
-
     def __init__(self, answers=()):
         self.default_size, self.input_sizes = (80, 80), unirep.candidate_sizes(80, patch=16)
-        self.answers, self.asked = list(answers), []
+        self.answers, self.asked, self.editing = list(answers), [], {"guidance_scale": 1.5}
 
     def params(self, **controls):
         return SamplingParams(**controls)
