@@ -32,6 +32,7 @@ from lumina_rt.model import Model
 from lumina_rt.multi_step import MAX_STEPS
 from lumina_rt.outputs import Answer, Event, ImageRow, RequestOutput, TextDelta, Timings
 from lumina_rt.params import EngineConfig, SamplingParams, checked_int, from_options
+from lumina_rt.pictures import Picture, Pictures
 from lumina_rt.previews import Previews
 from lumina_rt.prompts import IMAGE_MARK, Message
 from lumina_rt.request import Draw, Grammar, Request, Sample, answer_length
@@ -39,7 +40,7 @@ from lumina_rt.runner import Runner
 from lumina_rt.scheduler import Scheduler, Work
 from lumina_rt.stream import Stream, told
 from lumina_rt.tokenizer import Tokenizer
-from lumina_rt.vqgan import VQGAN, to_uint8
+from lumina_rt.vqgan import VQGAN
 
 Callback = Callable[[Event], None]
 
@@ -91,6 +92,7 @@ class Engine:
             if is_graphed:
                 self.runner.record(self.config.max_num_seqs, self._blocks_of_the_longest_row())
                 self.scheduler.max_steps = MAX_STEPS
+        self.pictures = Pictures(vqgan)
         self.previews = Previews(self.decode_codes, factor)
         self._stepping = threading.Lock()  # held by the thread that steps; guards the scheduler and the cache
         self._requests: dict[int, Request] = {}
@@ -98,7 +100,6 @@ class Engine:
         self._arriving: deque[Request] = deque()
         self._leaving: deque[tuple[Request, str | None]] = deque()
         self._ids = itertools.count()
-        self._drawing = threading.Lock()  # held while a picture of an answer is decoded
         self._awaiting = threading.Lock()  # guards the next
         self._is_looping = False  # whether a thread steps for callers in asyncio
 
@@ -447,12 +448,13 @@ class Engine:
         self._forget(request)
         for sample in request.samples:
             sample.finish_reason = sample.finish_reason or reason
-        request.tell(partial(self._output, request, time.perf_counter()))
+        pictures = [[self.pictures.add(codes) for codes in sample.images] for sample in request.samples]
+        request.tell(partial(self._output, request, pictures, time.perf_counter()))
 
-    def _output(self, request: Request, done: float) -> RequestOutput:
-        """Make the output of a request that ended at the time `done`."""
+    def _output(self, request: Request, pictures: list[list[Picture]], done: float) -> RequestOutput:
+        """Make the output of a request that ended at the time `done`, with the pictures of each sample."""
         begun = time.perf_counter()
-        answers = [self._read_answer(sample) for sample in request.samples]
+        answers = [self._read_answer(*pair) for pair in zip(request.samples, pictures, strict=True)]
         vq_s = time.perf_counter() - begun
         admitted = request.admitted or done
         prefilled = request.prefilled or done
@@ -474,7 +476,7 @@ class Engine:
         if request.preview:
             request.preview.cancel()  # one that waits behind others is decoded for nobody
 
-    def _read_answer(self, sample: Sample) -> Answer:
+    def _read_answer(self, sample: Sample, pictures: list[Picture]) -> Answer:
         vocab, tokens = self.tokenizer.vocab, sample.answer
         if tokens and tokens[-1] == vocab.end_of_turn:
             tokens = tokens[:-1]
@@ -486,13 +488,8 @@ class Engine:
             text += self.tokenizer.decode(tokens[start:image]) + IMAGE_MARK
             start = tokens.index(vocab.image_end, image) + 1
         text += self.tokenizer.decode(tokens[start:])
-        pictures = [self._draw(codes) for codes in sample.images]
-        return Answer(sample.index, text, pictures, sample.images, tokens, sample.finish_reason)
-
-    def _draw(self, codes: np.ndarray) -> Image.Image:
-        """As `decode_codes`, one at a time whoever asks: what decoding takes of memory is taken once."""
-        with self._drawing:
-            return self.decode_codes(codes)
+        drawn = [self.pictures.read(picture) for picture in pictures]
+        return Answer(sample.index, text, drawn, sample.images, tokens, sample.finish_reason)
 
     def _finish(
         self, requests: list[Request], events: deque, bar: tqdm, callback: Callback | None
@@ -522,8 +519,7 @@ class Engine:
 
     def decode_codes(self, codes: np.ndarray) -> Image.Image:
         """Draw the picture that codes stand for. codes: integers [rows, columns]."""
-        batch = torch.from_numpy(np.asarray(codes, dtype=np.int64))[None].to(self.model.embed.device)
-        return Image.fromarray(to_uint8(self.vqgan.decode(batch))[0].cpu().numpy())
+        return self.pictures.draw([codes])[0]
 
     def encode_image(self, image) -> np.ndarray:
         """The codes of a picture, fitted to the candidate size of nearest shape.

@@ -187,7 +187,7 @@ def fake(monkeypatch, tmp_path, files):
         model = weights.load(tmp_path, ops, tokenizer.vocab.image_tokens, 4096, None, GPU, quantization)
         config = EngineConfig(**{"num_pages": 32, "enforce_eager": True} | options)
         made = Engine(model, tokenizer, vqgan, config, [128])
-        made.decode_codes = lambda codes: codes  # the VQGAN here is a real one
+        made.pictures.read = lambda picture: picture.codes  # the VQGAN here is a real one
         return made
 
     make.launches, make.reads, make.replayed = [], [], []

@@ -98,7 +98,7 @@ class Traffic:
         self.model = TokenModel(tokenizer.vocab.size)
         self.engine = Engine(self.model, tokenizer, vqgan, config, target_sizes=(64, 32))
         self.engine.runner.sampler = AnyLegal(tokenizer, seed)
-        self.engine.decode_codes = lambda codes: None
+        self.engine.pictures.read = lambda picture: None
         self.scheduler, self.pool = self.engine.scheduler, self.engine.scheduler.pool
         self.plan: list[Work] = []
         self.requests, self.unserved, self.most_runnable = [], Counter(), 0
