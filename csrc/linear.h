@@ -15,9 +15,9 @@
 // With AMX, products of many rows go by tiles: see linear_tiles.h.
 //
 // A task is a panel for all rows, chunk by chunk, so that a weight is read from memory once. A chunk stays in the first
-// cache while tile after tile of rows is multiplied with it, and meanwhile the next one is asked of memory, a share in
-// each tile, so that neither need wait for the other. Every output is summed over its inputs in one order,
-// whatever the other rows: results are the same bits in any batch.
+// cache while tile after tile of rows is multiplied with it, and meanwhile the next one is asked of memory into the
+// second, a share in each tile, so that neither need wait for the other. Every output is summed over its inputs in one
+// order, whatever the other rows: results are the same bits in any batch.
 
 constexpr int GROUP = 64;   // inputs that share a scale
 constexpr int CHUNK = 128;  // vectors of a half that are summed apart
@@ -25,6 +25,7 @@ constexpr int BAND = 64;    // rows that go through a panel together
 constexpr int HALVES = 2;
 constexpr int WIDTH = HALVES * LANES;
 constexpr int64_t STRIDE = HALVES * 64;  // bytes from a vector of a half to its next
+constexpr int64_t NEAR = 1024;           // bytes between what goes to the first cache and what is multiplied
 
 // Rows of a tile at most, and rows up to which a tile takes both halves: as many sums as there are registers for.
 #if defined(LUMINA_AVX512)
@@ -297,7 +298,7 @@ struct FloatInput {
         for (int64_t s = t.begin; s < t.end; ++s, weights += STRIDE, ahead += HALVES * t.pace)
             LUMINA_UNROLL
             for (int p = 0; p < WIDE; ++p) {
-                __builtin_prefetch(ahead + p * t.pace);
+                prefetch_far(ahead + p * t.pace), prefetch_near(weights + p * 64 + NEAR);
                 auto w = Format::weights(weights + p * 64);
                 LUMINA_UNROLL
                 for (int r = 0; r < ROWS; ++r) parts[r][p] = Format::dot(parts[r][p], w, x[r * vectors + s]);
@@ -379,7 +380,7 @@ struct QuantizedInput {
                     typename Format::Weights w[WIDE];
                     LUMINA_UNROLL
                     for (int p = 0; p < WIDE; ++p) {
-                        __builtin_prefetch(ahead + p * t.pace);
+                        prefetch_far(ahead + p * t.pace), prefetch_near(weights + p * 64 + NEAR);
                         w[p] = Format::weights(weights + p * 64);
                     }
                     LUMINA_UNROLL

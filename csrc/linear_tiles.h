@@ -6,7 +6,8 @@
 
 #include "tiles.h"
 
-constexpr int64_t AHEAD = CHUNK * STRIDE;  // bytes between what is asked of memory and what is multiplied
+// Bytes between what is multiplied, and what goes to the first and to the second cache meanwhile.
+constexpr int64_t TILES_NEAR = 4096, AHEAD = CHUNK * STRIDE;
 
 // bf16 activations as tiles read them: blocks of 32 inputs, one after another, of all rows.
 struct Bf16Input {
@@ -44,7 +45,9 @@ static void add_blocks(const Bf16Input& x, const uint8_t* weights, int64_t vecto
             block = last;
         }
         for (int64_t i = part * share; i < (part + 1) * share; i += 64)
-            __builtin_prefetch(weights + b * SIDE * STRIDE + AHEAD + i);
+            prefetch_far(weights + b * SIDE * STRIDE + AHEAD + i);
+        for (int64_t i = 0; part == 0 && i < SIDE * STRIDE; i += 64)
+            prefetch_near(weights + b * SIDE * STRIDE + TILES_NEAR + i);
         load_tile<6>(block, STRIDE), load_tile<7>(block + 64, STRIDE);
         const Line<bf16>* values = &x.values[b * x.rows + row];
         load_tile<4>(values, 64);
@@ -122,7 +125,8 @@ inline void add_products(const QuantizedInput<Format>& x, const Group& group, co
     const float* row_scales = &x.scales[g.first];
     for (int64_t r = 0; r < g.rows; ++r, g.ahead += g.pace, g.sums += WIDTH, part += LANES) {
         if (r == SIDE) part += SIDE * LANES;
-        for (int64_t i = 0; i < g.pace; i += 64) __builtin_prefetch(g.ahead + i);
+        for (int64_t i = 0; i < g.pace; i += 64)
+            prefetch_far(g.ahead + i), prefetch_near(g.ahead + i - AHEAD + TILES_NEAR);
         i32 offset = all_i32(offsets[r]);
         f32 scale = all(row_scales[r]);
         LUMINA_UNROLL
@@ -147,7 +151,7 @@ static void multiply_panel(const QuantizedInput<Format>& x, const Panels& w, int
     for (int64_t g = 0; g < w.groups; ++g) {
         int64_t place = panel * w.groups + g;
         const uint8_t* weights = bytes_of<Format>(w.data + place * BYTES, room);
-        __builtin_prefetch(w.scales + (place + AHEAD / BYTES) * WIDTH);
+        prefetch_near(w.scales + (place + AHEAD / BYTES) * WIDTH);
         load_tile<6>(weights, STRIDE), load_tile<7>(weights + 64, STRIDE);
         for (int64_t row = 0; row < rows; row += 2 * SIDE) {
             int64_t first = g * x.rows + band + row, count = std::min<int64_t>(rows - row, 2 * SIDE);

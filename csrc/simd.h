@@ -152,6 +152,11 @@ inline void store(P* p, f32 v, int64_t n) {
     std::copy(part, part + n, p);
 }
 
+// Ask for a line of memory, into the second cache or into the first. A core has few places for lines that are on their
+// way to its first cache: what is asked of memory takes them from all else, for as long as memory takes.
+inline void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
+inline void prefetch_near(const void* p) { __builtin_prefetch(p, 0, 3); }
+
 // Arithmetic.
 
 // x - 0 is x whatever its sign, which a compiler may use; x + 0 is not.
