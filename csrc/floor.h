@@ -15,7 +15,7 @@ static double read_gb_s(const Tensor& buffer, int threads) {
             LUMINA_UNROLL
             for (int part = 0; part < 4; ++part) {
                 const int32_t* line = buffer.as<int32_t>() + i * 64 + part * LANES;
-                prefetch_far(line + 4096);  // 16 KB ahead, as `linear` does
+                prefetch_far(line + 4096);  // 16 KB ahead, the fastest of what was tried
                 sums[part] = sums[part] + load(line);
             }
         floor_sink = sum(to_f32((sums[0] + sums[1]) + (sums[2] + sums[3])));

@@ -16,8 +16,8 @@
 //
 // A task is a panel for all rows, chunk by chunk, so that a weight is read from memory once. A chunk stays in the first
 // cache while tile after tile of rows is multiplied with it, and meanwhile the next one is asked of memory into the
-// second, a share in each tile, so that neither need wait for the other. Every output is summed over its inputs in one
-// order, whatever the other rows: results are the same bits in any batch.
+// second, a share in each tile, so that neither need wait for the other; what comes next goes from there to the first.
+// Every output is summed over its inputs in one order, whatever the other rows: results are the same bits in any batch.
 
 constexpr int GROUP = 64;   // inputs that share a scale
 constexpr int CHUNK = 128;  // vectors of a half that are summed apart

@@ -6,7 +6,8 @@
 
 #include "tiles.h"
 
-// Bytes between what is multiplied, and what goes to the first and to the second cache meanwhile.
+// Bytes between what is multiplied and what goes to the first and to the second cache meanwhile; of integers a group
+// less, as their products are added a group late.
 constexpr int64_t TILES_NEAR = 4096, AHEAD = CHUNK * STRIDE;
 
 // bf16 activations as tiles read them: blocks of 32 inputs, one after another, of all rows.
@@ -151,7 +152,7 @@ static void multiply_panel(const QuantizedInput<Format>& x, const Panels& w, int
     for (int64_t g = 0; g < w.groups; ++g) {
         int64_t place = panel * w.groups + g;
         const uint8_t* weights = bytes_of<Format>(w.data + place * BYTES, room);
-        prefetch_near(w.scales + (place + AHEAD / BYTES) * WIDTH);
+        prefetch_far(w.scales + (place + AHEAD / BYTES) * WIDTH);
         load_tile<6>(weights, STRIDE), load_tile<7>(weights + 64, STRIDE);
         for (int64_t row = 0; row < rows; row += 2 * SIDE) {
             int64_t first = g * x.rows + band + row, count = std::min<int64_t>(rows - row, 2 * SIDE);

@@ -444,7 +444,7 @@ class Engine:
         return True
 
     def _retire(self, request: Request, reason: str | None = None) -> None:
-        """End a request. Its pages are free at once; who reads its end decodes its images, and holds up no step."""
+        """End a request. Its pages are free at once; who reads its end has its images decoded, and holds up no step."""
         self._forget(request)
         for sample in request.samples:
             sample.finish_reason = sample.finish_reason or reason

@@ -46,7 +46,10 @@ class Preview:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds of one request: waiting, until its first token, until its last, and in the VQGAN; and counts."""
+    """Seconds of one request: waiting, until its first token, until its last, and in the VQGAN; and counts.
+
+    Small pictures of several requests may be decoded together; that time is told of the first that was read.
+    """
 
     queue_s: float
     prefill_s: float

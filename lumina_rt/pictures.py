@@ -11,8 +11,8 @@ from PIL import Image
 
 from lumina_rt.vqgan import VQGAN, to_uint8
 
-# Pixels that are drawn together. The operations of small pictures take longer to begin than to do: on two cores with
-# AMX one of 80 x 80 takes the embedded model 4.7 ms alone, and 2.4 as one of eight.
+# Pixels that are drawn together at most; a larger picture is drawn alone. The operations of small ones take longer to
+# begin than to do: on two cores with AMX one of 80 x 80 takes the embedded model 4.7 ms alone, and 2.4 as one of eight.
 AT_ONCE = 8 * 80 * 80
 
 
@@ -41,9 +41,7 @@ class Pictures:
         """Draw a picture where that is still to be done, and others of its size that wait along with it."""
         with self._drawing:
             if picture.image is None:
-                together = self._together(picture)
-                for each, image in zip(together, self.draw([each.codes for each in together]), strict=True):
-                    each.image = image
+                self._draw(self._together(picture))
         return picture.image
 
     def draw(self, codes: Sequence[np.ndarray]) -> list[Image.Image]:
@@ -51,8 +49,19 @@ class Pictures:
         batch = torch.from_numpy(np.stack(codes).astype(np.int64))
         return [Image.fromarray(pixels) for pixels in to_uint8(self.vqgan.decode(batch)).cpu().numpy()]
 
+    def _draw(self, pictures: list[Picture]) -> None:
+        """Draw some pictures together. Raises what drawing the first of them raises."""
+        try:
+            drawn = self.draw([picture.codes for picture in pictures])
+        except Exception:
+            if len(pictures) == 1:
+                raise
+            return self._draw(pictures[:1])  # whose turn it is; the others are drawn when it is theirs
+        for picture, image in zip(pictures, drawn, strict=True):
+            picture.image = image
+
     def _together(self, picture: Picture) -> list[Picture]:
-        """A picture, and those of its size that waited longest, as many as fit; nobody else waits any more."""
+        """A picture, and some of its size that wait, as many as fit. These, and what nobody can read, wait no more."""
         together = [picture]
         n_most = AT_ONCE // (picture.codes.size * self.vqgan.config.factor**2) if self.vqgan.is_batch_invariant else 1
         for _ in range(len(self._waiting)):

@@ -101,14 +101,15 @@ class _GroupNorm(nn.GroupNorm):
     spread, by 3e-2 at a hundred times (torch 2.13). Centring costs 4 % of a decode and ends that. In bf16 the inputs
     themselves are rounded by more, and it would cost 27 %.
 
-    In bf16 each picture is normed by itself, as torch divides the sums of one between threads otherwise than those of
-    several; but where something is learned, nobody compares.
+    In bf16 on a CPU each picture is normed by itself, as torch divides the sums of one between threads otherwise than
+    those of several; but where something is learned, nobody compares.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype != torch.float32:
-            alone = len(x) == 1 or torch.is_grad_enabled()
-            return super().forward(x) if alone else torch.cat([super(_GroupNorm, self).forward(y) for y in x.split(1)])
+            if len(x) == 1 or x.device.type != "cpu" or torch.is_grad_enabled():
+                return super().forward(x)
+            return torch.cat([super(_GroupNorm, self).forward(picture) for picture in x.split(1)])
         means = x.mean((2, 3)).unflatten(1, (self.num_groups, -1)).mean(2)
         means = means.repeat_interleave(self.num_channels // self.num_groups, 1)
         return super().forward(x - means[:, :, None, None])

@@ -222,7 +222,7 @@ class Trainer:
         partial, previous, state = (self.output / name for name in ("state.partial", "state.previous", "state"))
         if self.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-        values = {"model": model, "optimizer": optimizer, "step": self.step}
+        values = {"model": model, "optimizer": optimizer, "step": self.step, "data": self._data()}
         dcp.save(values, checkpoint_id=partial, no_dist=self.world == 1)
         if self.rank == 0:
             if state.exists():
@@ -231,16 +231,22 @@ class Trainer:
             partial.rename(state)
             shutil.rmtree(previous, ignore_errors=True)
 
+    def _data(self) -> str:
+        lengths = self.batches.dialogs.lengths
+        return f"{len(lengths)} dialogs of {lengths.sum()} tokens"
+
     def resume(self) -> None:
-        """Go back to the last saved state, if there is one."""
+        """Go back to the last saved state, if there is one. Raises ValueError where it is of a run over other data."""
         # Killed while it replaced the state, a run has left the one before.
         places = (self.output / name for name in ("state", "state.previous"))
         state = next((place for place in places if place.exists()), None)
         if state is None:
             return
         model, optimizer = get_state_dict(self.model, self.optimizers)
-        values = {"model": model, "optimizer": optimizer, "step": 0}
+        values = {"model": model, "optimizer": optimizer, "step": 0, "data": ""}
         dcp.load(values, checkpoint_id=state, no_dist=self.world == 1)
+        if values["data"] != self._data():
+            raise ValueError(f"{self.output} holds a run over {values['data']}, not over {self._data()}; name another")
         set_state_dict(
             self.model, self.optimizers, model_state_dict=values["model"], optim_state_dict=values["optimizer"]
         )

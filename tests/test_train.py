@@ -168,6 +168,15 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(trainer, tmp_path):
     assert not torch.equal(whole["lm_head.weight"], load_file(again.source / "model.safetensors")["lm_head.weight"])
 
 
+def test_a_run_does_not_go_on_over_other_data_than_it_began_with(trainer, data, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        stop_at(trainer(), 5).run()
+    with pytest.raises(ValueError, match=r"run holds a run over \d+ dialogs of \d+ tokens, not over \d+ dialogs"):
+        trainer(paths=[data, data]).run()
+    trainer().run()
+    assert len(losses(tmp_path / "run")) == 7
+
+
 def test_a_finished_run_that_is_started_again_changes_nothing(trainer, tmp_path):
     trainer().run()
     before = load_file(tmp_path / "run" / "model.safetensors")
