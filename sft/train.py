@@ -149,7 +149,7 @@ class Trainer:
     def run(self) -> None:
         """Train up to config.steps, from the last saved state if there is one, and write the checkpoint.
 
-        Raises FloatingPointError when the loss is not finite; the last saved state stays.
+        Raises FloatingPointError when the loss is not finite; the last saved state stays. Raises as `resume`.
         """
         c = self.config
         self.output.mkdir(parents=True, exist_ok=True)
@@ -246,7 +246,9 @@ class Trainer:
         values = {"model": model, "optimizer": optimizer, "step": 0, "data": ""}
         dcp.load(values, checkpoint_id=state, no_dist=self.world == 1)
         if values["data"] != self._data():
-            raise ValueError(f"{self.output} holds a run over {values['data']}, not over {self._data()}; name another")
+            raise ValueError(
+                f"{self.output} holds a run over {values['data']}, not over {self._data()}; name another folder"
+            )
         set_state_dict(
             self.model, self.optimizers, model_state_dict=values["model"], optim_state_dict=values["optimizer"]
         )
