@@ -14,10 +14,11 @@
 //
 // With AMX, products of many rows go by tiles: see linear_tiles.h.
 //
-// A task is a panel for all rows, chunk by chunk, so that a weight is read from memory once. A chunk stays in the first
-// cache while tile after tile of rows is multiplied with it, and meanwhile the next one is asked of memory into the
-// second, a share in each tile, so that neither need wait for the other; what comes next goes from there to the first.
-// Every output is summed over its inputs in one order, whatever the other rows: results are the same bits in any batch.
+// A task is a panel for all rows, chunk by chunk, so that a weight is read from memory once; of few weights it is all
+// panels for a share of the rows. A chunk stays in the first cache while tile after tile of rows is multiplied with it,
+// and meanwhile the next one is asked of memory into the second, a share in each tile, so that neither need wait for the
+// other; what comes next goes from there to the first. Every output is summed over its inputs in one order, whatever the
+// other rows: results are the same bits in any batch.
 
 constexpr int GROUP = 64;   // inputs that share a scale
 constexpr int CHUNK = 128;  // vectors of a half that are summed apart
@@ -26,6 +27,10 @@ constexpr int HALVES = 2;
 constexpr int WIDTH = HALVES * LANES;
 constexpr int64_t STRIDE = HALVES * 64;  // bytes from a vector of a half to its next
 constexpr int64_t NEAR = 1024;           // bytes between what goes to the first cache and what is multiplied
+
+// Bytes of weights up to which threads share the rows, and how many rows a thread has then at least: to read weights of
+// the third cache twice costs less than to have each other's rows, in and out, from the second cache of another core.
+constexpr int64_t FEW_WEIGHTS = 1 << 20, ROWS_A_THREAD = 16;
 
 // Rows of a tile at most, and rows up to which a tile takes both halves: as many sums as there are registers for.
 #if defined(LUMINA_AVX512)
@@ -459,26 +464,39 @@ using Bf16Input = FloatInput<Bf16>;
 struct TilesOn {};
 #endif
 
+// Multiply rows `begin` to `end` with panels `first` to `last`.
+template <class T, class Input>
+static void multiply(const Input& input, const Panels& w, int64_t begin, int64_t end, int64_t first, int64_t last,
+                     const Tensor& out) {
+    int64_t outputs = out.shape[1];
+    alignas(64) float sums[BAND * WIDTH];
+    [[maybe_unused]] TilesOn tiles_on;
+    for (int64_t panel = first; panel < last; ++panel)
+        for (int64_t band = begin; band < end; band += BAND) {
+            int64_t rows = std::min<int64_t>(BAND, end - band);
+            multiply_panel(input, w, panel, band, rows, sums);
+            for (int64_t row = 0; row < rows; ++row)
+                for (int64_t i = 0; i < WIDTH && panel * WIDTH + i < outputs; i += LANES)
+                    store(out.as<T>() + (band + row) * outputs + panel * WIDTH + i, load(sums + row * WIDTH + i),
+                          outputs - panel * WIDTH - i);
+        }
+}
+
 template <class T, class Input>
 static void multiply(const Tensor& x, Input& input, const Panels& w, const Tensor& out, int threads) {
     int64_t n = x.shape[0], inputs = x.shape[1], outputs = out.shape[1];
     threads = threads_for(n * inputs * outputs, threads);
-    parallel(n, threads_for(n * inputs, threads), [&](int64_t begin, int64_t end) {
+    auto read = [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) input.read(x.as<T>(), row, inputs);
-    });
-    parallel(w.count, threads, [&](int64_t first, int64_t last) {
-        alignas(64) float sums[BAND * WIDTH];
-        [[maybe_unused]] TilesOn tiles_on;
-        for (int64_t panel = first; panel < last; ++panel)
-            for (int64_t band = 0; band < n; band += BAND) {
-                int64_t rows = std::min<int64_t>(BAND, n - band);
-                multiply_panel(input, w, panel, band, rows, sums);
-                for (int64_t row = 0; row < rows; ++row)
-                    for (int64_t i = 0; i < WIDTH && panel * WIDTH + i < outputs; i += LANES)
-                        store(out.as<T>() + (band + row) * outputs + panel * WIDTH + i, load(sums + row * WIDTH + i),
-                              outputs - panel * WIDTH - i);
-            }
-    });
+    };
+    if (w.count * w.vectors * STRIDE <= FEW_WEIGHTS && n >= threads * ROWS_A_THREAD)
+        return parallel(whole_tiles(n) / SIDE, threads, [&](int64_t begin, int64_t end) {
+            begin *= SIDE, end = std::min(end * SIDE, n);
+            read(begin, end);
+            multiply<T>(input, w, begin, end, 0, w.count, out);
+        });
+    parallel(n, threads_for(n * inputs, threads), read);
+    parallel(w.count, threads, [&](int64_t first, int64_t last) { multiply<T>(input, w, 0, n, first, last, out); });
 }
 
 template <class T, class Input>

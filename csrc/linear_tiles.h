@@ -22,11 +22,12 @@ struct Bf16Input {
         values.resize(blocks * rows);
     }
     void read(const bf16* x, int64_t row, int64_t inputs) {
-        for (int64_t b = 0; b < blocks; ++b) {
-            bf16* to = values[b * rows + row].values;
-            const bf16* from = x + row * inputs + b * BLOCK;
-            std::fill(std::copy(from, from + std::min<int64_t>(BLOCK, inputs - b * BLOCK), to), to + BLOCK, bf16{});
-        }
+        const bf16* from = x + row * inputs;
+        int64_t whole = inputs / BLOCK;
+        for (int64_t b = 0; b < whole; ++b) std::memcpy(values[b * rows + row].values, from + b * BLOCK, 64);
+        if (whole == blocks) return;
+        bf16* last = values[whole * rows + row].values;
+        std::fill(std::copy(from + whole * BLOCK, from + inputs, last), last + BLOCK, bf16{});
     }
 };
 
@@ -36,8 +37,12 @@ template <int COUNT>
 static void add_blocks(const Bf16Input& x, const uint8_t* weights, int64_t vectors, int64_t row, int64_t begin,
                        int64_t end, int64_t part, int64_t share, float* sums) {
     constexpr int64_t SUMS = WIDTH * sizeof *sums, NEXT = SIDE * WIDTH;
-    load_tile<0>(sums, SUMS), load_tile<1>(sums + LANES, SUMS);
-    if constexpr (COUNT == 2) load_tile<2>(sums + NEXT, SUMS), load_tile<3>(sums + NEXT + LANES, SUMS);
+    if (begin == 0) {
+        zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
+    } else {
+        load_tile<0>(sums, SUMS), load_tile<1>(sums + LANES, SUMS);
+        if constexpr (COUNT == 2) load_tile<2>(sums + NEXT, SUMS), load_tile<3>(sums + NEXT + LANES, SUMS);
+    }
     for (int64_t b = begin; b < end; ++b) {
         const uint8_t* block = weights + b * SIDE * STRIDE;
         alignas(64) uint8_t last[SIDE * STRIDE];
@@ -64,7 +69,6 @@ static void add_blocks(const Bf16Input& x, const uint8_t* weights, int64_t vecto
 
 static void multiply_panel(const Bf16Input& x, const Panels& w, int64_t panel, int64_t band, int64_t rows,
                            float* sums) {
-    std::fill(sums, sums + whole_tiles(rows) * WIDTH, 0.0f);
     const uint8_t* weights = w.data + panel * w.vectors * STRIDE;
     // What several tiles of rows read stays in the first cache meanwhile.
     int64_t parts = (rows + 2 * SIDE - 1) / (2 * SIDE), chunk = parts == 1 ? x.blocks : CHUNK / SIDE;

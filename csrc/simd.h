@@ -100,10 +100,14 @@ inline void load_leaf(Pair<T>& v, const P* p) {
 
 inline void store_leaf(float* p, leaf_f32 v) { std::memcpy(p, &v, sizeof v); }
 inline void store_leaf(bf16* p, leaf_f32 v) {
+#if defined(LUMINA_AVX512)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
+#else
     leaf_u32 bits = reinterpret_cast<leaf_u32>(v);
     leaf_u32 rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;  // to the nearest, ties to even
     leaf_u16 narrow = __builtin_convertvector(v == v ? rounded : leaf_u32{} + 0x7FC0, leaf_u16);
     std::memcpy(p, &narrow, sizeof narrow);
+#endif
 }
 inline void store_leaf(int32_t* p, leaf_i32 v) { std::memcpy(p, &v, sizeof v); }
 inline void store_leaf(int8_t* p, leaf_i32 v) {  // |v| < 128

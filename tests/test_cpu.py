@@ -256,20 +256,27 @@ def test_the_last_of_a_window_attends_with_the_same_bits_as_alone(dtype, keep):
             assert torch.equal(alone[0], together[line])
 
 
-def test_results_do_not_depend_on_the_number_of_threads():
-    x, weight = randn(33, 192), weights_of(4)
-    attention = attention_inputs(torch.float32, 6, 6, 32, 16, [(300, 9), (200, 1)])
+@pytest.mark.parametrize("format", [torch.float32, torch.bfloat16, 8, 4])
+@pytest.mark.parametrize("n", [7, 33, 100])  # few rows share the weights; of 33 rows so do three threads, but not two
+def test_linear_does_not_depend_on_the_number_of_threads(format, n):
+    x, weight = inputs_of(format, n, 192), weights_of(format)
+    found = with_threads(lambda: cpu.linear(x, weight))
+    assert all(torch.equal(other, found[0]) for other in found[1:])
+
+
+def test_attention_does_not_depend_on_the_number_of_threads():
+    inputs = attention_inputs(torch.float32, 6, 6, 32, 16, [(300, 9), (200, 1)])
+    found = with_threads(lambda: cpu.paged_attention(*inputs))
+    assert all(torch.equal(other, found[0]) for other in found[1:])
+
+
+def with_threads(run):
+    """What `run` gives by one, two and three threads."""
     threads = torch.get_num_threads()
     try:
-        found = []
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            found.append((cpu.linear(x, weight), cpu.paged_attention(*attention)))
+        return [torch.set_num_threads(n) or run() for n in (1, 2, 3)]
     finally:
         torch.set_num_threads(threads)
-    for linear, attended in found[1:]:
-        assert torch.equal(linear, found[0][0])
-        assert torch.equal(attended, found[0][1])
 
 
 @settings(max_examples=60, deadline=None)
