@@ -96,76 +96,81 @@ inline const uint8_t* bytes_of<Int4>(const uint8_t* group, uint8_t* room) {
     return room;
 }
 
-// Some rows with a group of a panel: where their products are to go, and what these are to be scaled by.
+// A tile of rows with a group of a panel: where their products are to be added, and what these are scaled by first.
 struct Group {
-    int64_t first, rows;   // in `QuantizedInput`
+    int64_t first, rows;   // in `QuantizedInput`; at most SIDE
     const bf16* scales;    // of the weights, [WIDTH]
     float* sums;           // [rows, WIDTH]
-    const uint8_t* ahead;  // what to ask of memory meanwhile, `pace` bytes further for each row
+    const uint8_t* ahead;  // what to ask of memory meanwhile, `pace` lines for each two rows
     int64_t pace;
 };
-using Products = int32_t[2][HALVES][SIDE][LANES];  // of two tiles of rows with both halves of a panel
-
-// Multiply two tiles of rows, or one, with a group of a panel, of which tiles 6 and 7 hold the weights.
-inline void multiply_group(const Line<int8_t>* values, bool both) {
-    zero_tile<0>(), zero_tile<1>();
-    load_tile<4>(values, 64);
-    dot_tiles_int8<0, 4, 6>(), dot_tiles_int8<1, 4, 7>();
-    if (!both) return;
-    zero_tile<2>(), zero_tile<3>();
-    load_tile<5>(values + SIDE, 64);
-    dot_tiles_int8<2, 5, 6>(), dot_tiles_int8<3, 5, 7>();
-}
-inline void store_products(Products& products, bool both) {
-    store_tile<0>(products[0][0], 64), store_tile<1>(products[0][1], 64);
-    if (both) store_tile<2>(products[1][0], 64), store_tile<3>(products[1][1], 64);
-}
+using Products = int32_t[SIDE][WIDTH];
 
 // Scale products and add them to the sums, as `QuantizedInput::multiply` does, to the bit.
 template <class Format>
 inline void add_products(const QuantizedInput<Format>& x, const Group& group, const Products& products) {
     Group g = group;
     f32 scales[HALVES] = {load(g.scales), load(g.scales + LANES)};
-    const int32_t *offsets = &x.offsets[g.first], *part = products[0][0][0];
+    const int32_t *offsets = &x.offsets[g.first], *part = products[0];
     const float* row_scales = &x.scales[g.first];
-    for (int64_t r = 0; r < g.rows; ++r, g.ahead += g.pace, g.sums += WIDTH, part += LANES) {
-        if (r == SIDE) part += SIDE * LANES;
-        for (int64_t i = 0; i < g.pace; i += 64)
-            prefetch_far(g.ahead + i), prefetch_near(g.ahead + i - AHEAD + TILES_NEAR);
-        i32 offset = all_i32(offsets[r]);
-        f32 scale = all(row_scales[r]);
+    for (int64_t r = 0; r < g.rows; r += 2, g.sums += 2 * WIDTH, part += 2 * WIDTH, g.ahead += g.pace * 64) {
         LUMINA_UNROLL
-        for (int p = 0; p < HALVES; ++p) {
-            float* sum = g.sums + p * LANES;
-            store(sum, fma(to_f32(load(part + p * SIDE * LANES) + offset), scales[p] * scale, load(sum)));
+        for (int64_t k = 0; k < 2; ++k) {  // of an odd number of rows one more, of which nobody reads the sums
+            for (int64_t i = k; i < g.pace; i += 2)
+                prefetch_far(g.ahead + i * 64), prefetch_near(g.ahead + i * 64 - AHEAD + TILES_NEAR);
+            i32 offset = all_i32(offsets[r + k]);
+            f32 scale = all(row_scales[r + k]);
+            LUMINA_UNROLL
+            for (int p = 0; p < HALVES; ++p) {
+                float* sum = g.sums + k * WIDTH + p * LANES;
+                store(sum, fma(to_f32(load(part + k * WIDTH + p * LANES) + offset), scales[p] * scale, load(sum)));
+            }
         }
     }
 }
 
-// Products are added while the next ones are made.
+// Store the products that tiles 2 N and 2 N + 1 hold, have them multiply `values` with the weights of tiles 6 and 7, and
+// add products that were stored a step ago: nothing waits for what this step begins. Not inline, or g++ keeps addresses
+// in vector registers, and tiles wait for all the arithmetic before them.
+template <int N, class Format>
+__attribute__((noinline)) static void step(const QuantizedInput<Format>& x, const Line<int8_t>* values,
+                                           Products* products, const Group& stored) {
+    store_tile<2 * N>(products[N][0], STRIDE), store_tile<2 * N + 1>(products[N][0] + LANES, STRIDE);
+    zero_tile<2 * N>(), zero_tile<2 * N + 1>();
+    load_tile<4 + N>(values, 64);
+    dot_tiles_int8<2 * N, 4 + N, 6>(), dot_tiles_int8<2 * N + 1, 4 + N, 7>();
+    add_products(x, stored, products[1 - N]);
+}
+
+// Products are stored two steps after their tiles began, and added in the third.
 template <class Format>
 static void multiply_panel(const QuantizedInput<Format>& x, const Panels& w, int64_t panel, int64_t band, int64_t rows,
                            float* sums) {
     if (rows <= FEW_ROWS) return multiply_rows(x, w, panel, band, rows, sums);
-    constexpr int64_t BYTES = GROUP / Format::STEP * STRIDE;
-    int64_t pace = (BYTES + rows - 1) / rows;
-    alignas(64) uint8_t room[SIDE * STRIDE];
-    alignas(64) Products products;
-    Group group{0, 0, w.scales, sums, w.data, 0};
-    std::fill(sums, sums + rows * WIDTH, 0.0f);
+    constexpr int64_t BYTES = GROUP / Format::STEP * STRIDE, LATE = 3;
+    int64_t pairs = (rows + 1) / 2, pace = (BYTES / 64 + pairs - 1) / pairs, s = 0;
+    alignas(64) uint8_t room[2][SIDE * STRIDE];
+    alignas(64) Products products[2];
+    Group none{0, 0, w.scales, sums, w.data, 0}, groups[LATE + 1] = {none, none, none, none};
+    const Line<int8_t>* values = x.values.data();
+    auto next = [&] {
+        const Group& stored = groups[(s + 1) % (LATE + 1)];
+        s % 2 ? step<1>(x, values, products, stored) : step<0>(x, values, products, stored);
+        ++s;
+    };
+    std::fill(sums, sums + whole_tiles(rows) * WIDTH, 0.0f);
     for (int64_t g = 0; g < w.groups; ++g) {
         int64_t place = panel * w.groups + g;
-        const uint8_t* weights = bytes_of<Format>(w.data + place * BYTES, room);
+        const uint8_t* weights = bytes_of<Format>(w.data + place * BYTES, room[g % 2]);
         prefetch_far(w.scales + (place + AHEAD / BYTES) * WIDTH);
         load_tile<6>(weights, STRIDE), load_tile<7>(weights + 64, STRIDE);
-        for (int64_t row = 0; row < rows; row += 2 * SIDE) {
-            int64_t first = g * x.rows + band + row, count = std::min<int64_t>(rows - row, 2 * SIDE);
-            multiply_group(&x.values[first], count > SIDE);
-            add_products(x, group, products);
-            store_products(products, count > SIDE);
-            group = {first, count, w.scales + place * WIDTH, sums + row * WIDTH,
-                     w.data + place * BYTES + AHEAD + row * pace, pace};
+        for (int64_t row = 0; row < rows; row += SIDE) {
+            int64_t first = g * x.rows + band + row;
+            values = &x.values[first];
+            groups[s % (LATE + 1)] = {first, std::min<int64_t>(rows - row, SIDE), w.scales + place * WIDTH,
+                                      sums + row * WIDTH, w.data + place * BYTES + AHEAD + row / 2 * pace * 64, pace};
+            next();
         }
     }
-    add_products(x, group, products);
+    for (int i = 0; i < LATE; ++i) groups[s % (LATE + 1)] = none, next();
 }
