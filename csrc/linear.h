@@ -28,8 +28,9 @@ constexpr int WIDTH = HALVES * LANES;
 constexpr int64_t STRIDE = HALVES * 64;  // bytes from a vector of a half to its next
 constexpr int64_t NEAR = 1024;           // bytes between what goes to the first cache and what is multiplied
 
-// Bytes of weights up to which threads share the rows, and how many rows a thread has then at least: to read weights of
-// the third cache twice costs less than to have each other's rows, in and out, from the second cache of another core.
+// Bytes of weights up to which threads share the rows, and rows that a thread then has at least. To read weights of the
+// third cache twice costs less than to have each other's rows, in and out, from another core: 192 x 192 in bf16 with 128
+// rows 25 us by shares of the weights, as long as by one thread, and 12 by shares of the rows (two cores with AMX).
 constexpr int64_t FEW_WEIGHTS = 1 << 20, ROWS_A_THREAD = 16;
 
 // Rows of a tile at most, and rows up to which a tile takes both halves: as many sums as there are registers for.

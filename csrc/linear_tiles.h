@@ -2,12 +2,11 @@
 //
 // A tile of weights is 16 vectors of a half of a panel, as they lie there: 32 inputs in bf16, a group of 64 in int8. A
 // group of int4 is taken apart into as much first. Rows are filled up to whole tiles; what comes out of such rows is
-// not looked at. Up to 32 rows share a load of weights: four tiles of sums, two of rows, one of each half.
+// not looked at. A load of weights is for up to 32 rows in bf16, in four tiles of sums, and for all of a band in integers.
 
 #include "tiles.h"
 
-// Bytes between what is multiplied and what goes to the first and to the second cache meanwhile; of integers a group
-// less, as their products are added a group late.
+// Bytes between what is multiplied and what goes to the first and to the second cache meanwhile.
 constexpr int64_t TILES_NEAR = 4096, AHEAD = CHUNK * STRIDE;
 
 // bf16 activations as tiles read them: blocks of 32 inputs, one after another, of all rows.
@@ -31,7 +30,7 @@ struct Bf16Input {
     }
 };
 
-// Add the products of COUNT tiles of rows with blocks `begin` to `end` of a panel, as sums on top of what is there.
+// Add the products of COUNT tiles of rows with blocks `begin` to `end` of a panel to the sums; the first block begins them.
 // Meanwhile `share` bytes a block are asked of memory, the `part`-th such share of the block that far ahead.
 template <int COUNT>
 static void add_blocks(const Bf16Input& x, const uint8_t* weights, int64_t vectors, int64_t row, int64_t begin,
@@ -101,10 +100,11 @@ struct Group {
     int64_t first, rows;   // in `QuantizedInput`; at most SIDE
     const bf16* scales;    // of the weights, [WIDTH]
     float* sums;           // [rows, WIDTH]
-    const uint8_t* ahead;  // what to ask of memory meanwhile, `pace` lines for each two rows
+    const uint8_t* ahead;  // what to ask of memory while they are added, `pace` lines for each two rows
     int64_t pace;
 };
 using Products = int32_t[SIDE][WIDTH];
+constexpr int64_t LATE = 3;  // steps from when products are made to when they are added: see `advance`
 
 // Scale products and add them to the sums, as `QuantizedInput::multiply` does, to the bit.
 template <class Format>
@@ -117,7 +117,7 @@ inline void add_products(const QuantizedInput<Format>& x, const Group& group, co
         LUMINA_UNROLL
         for (int64_t k = 0; k < 2; ++k) {  // of an odd number of rows one more, of which nobody reads the sums
             for (int64_t i = k; i < g.pace; i += 2)
-                prefetch_far(g.ahead + i * 64), prefetch_near(g.ahead + i * 64 - AHEAD + TILES_NEAR);
+                prefetch_far(g.ahead + i * 64), prefetch_near(g.ahead + i * 64 - (AHEAD - TILES_NEAR));
             i32 offset = all_i32(offsets[r + k]);
             f32 scale = all(row_scales[r + k]);
             LUMINA_UNROLL
@@ -129,36 +129,38 @@ inline void add_products(const QuantizedInput<Format>& x, const Group& group, co
     }
 }
 
-// Store the products that tiles 2 N and 2 N + 1 hold, have them multiply `values` with the weights of tiles 6 and 7, and
-// add products that were stored a step ago: nothing waits for what this step begins. Not inline, or g++ keeps addresses
-// in vector registers, and tiles wait for all the arithmetic before them.
+// One step: tiles 2 N and 2 N + 1 hold products of two steps ago, which are stored, and multiply `values` with the weights
+// of tiles 6 and 7; products stored a step ago are added. Nothing waits for what the step begins. Not inline, or g++ keeps
+// addresses in vector registers, and tiles wait for all the arithmetic before them.
 template <int N, class Format>
-__attribute__((noinline)) static void step(const QuantizedInput<Format>& x, const Line<int8_t>* values,
-                                           Products* products, const Group& stored) {
-    store_tile<2 * N>(products[N][0], STRIDE), store_tile<2 * N + 1>(products[N][0] + LANES, STRIDE);
+__attribute__((noinline)) static void advance(const QuantizedInput<Format>& x, const Line<int8_t>* values,
+                                              Products* products, const Group& stored) {
+    constexpr int64_t ROW = sizeof products[N][0];
+    store_tile<2 * N>(products[N][0], ROW), store_tile<2 * N + 1>(products[N][0] + LANES, ROW);
     zero_tile<2 * N>(), zero_tile<2 * N + 1>();
     load_tile<4 + N>(values, 64);
     dot_tiles_int8<2 * N, 4 + N, 6>(), dot_tiles_int8<2 * N + 1, 4 + N, 7>();
     add_products(x, stored, products[1 - N]);
 }
 
-// Products are stored two steps after their tiles began, and added in the third.
 template <class Format>
 static void multiply_panel(const QuantizedInput<Format>& x, const Panels& w, int64_t panel, int64_t band, int64_t rows,
                            float* sums) {
     if (rows <= FEW_ROWS) return multiply_rows(x, w, panel, band, rows, sums);
-    constexpr int64_t BYTES = GROUP / Format::STEP * STRIDE, LATE = 3;
-    int64_t pairs = (rows + 1) / 2, pace = (BYTES / 64 + pairs - 1) / pairs, s = 0;
+    constexpr int64_t BYTES = GROUP / Format::STEP * STRIDE;
+    int64_t tiles = whole_tiles(rows) / SIDE, pairs = (rows + 1) / 2, pace = (BYTES / 64 + pairs - 1) / pairs;
+    int64_t ahead = AHEAD + LATE * BYTES / tiles / 64 * 64;  // of the products that are added, so many steps back
     alignas(64) uint8_t room[2][SIDE * STRIDE];
     alignas(64) Products products[2];
     Group none{0, 0, w.scales, sums, w.data, 0}, groups[LATE + 1] = {none, none, none, none};
-    const Line<int8_t>* values = x.values.data();
-    auto next = [&] {
+    int64_t s = 0;
+    auto next = [&](const Line<int8_t>* values, const Group& group) {
+        groups[s % (LATE + 1)] = group;
         const Group& stored = groups[(s + 1) % (LATE + 1)];
-        s % 2 ? step<1>(x, values, products, stored) : step<0>(x, values, products, stored);
+        s % 2 ? advance<1>(x, values, products, stored) : advance<0>(x, values, products, stored);
         ++s;
     };
-    std::fill(sums, sums + whole_tiles(rows) * WIDTH, 0.0f);
+    std::fill(sums, sums + tiles * SIDE * WIDTH, 0.0f);
     for (int64_t g = 0; g < w.groups; ++g) {
         int64_t place = panel * w.groups + g;
         const uint8_t* weights = bytes_of<Format>(w.data + place * BYTES, room[g % 2]);
@@ -166,11 +168,9 @@ static void multiply_panel(const QuantizedInput<Format>& x, const Panels& w, int
         load_tile<6>(weights, STRIDE), load_tile<7>(weights + 64, STRIDE);
         for (int64_t row = 0; row < rows; row += SIDE) {
             int64_t first = g * x.rows + band + row;
-            values = &x.values[first];
-            groups[s % (LATE + 1)] = {first, std::min<int64_t>(rows - row, SIDE), w.scales + place * WIDTH,
-                                      sums + row * WIDTH, w.data + place * BYTES + AHEAD + row / 2 * pace * 64, pace};
-            next();
+            next(&x.values[first], {first, std::min<int64_t>(rows - row, SIDE), w.scales + place * WIDTH,
+                                    sums + row * WIDTH, w.data + place * BYTES + ahead + row / 2 * pace * 64, pace});
         }
     }
-    for (int i = 0; i < LATE; ++i) groups[s % (LATE + 1)] = none, next();
+    for (int64_t i = 0; i < LATE; ++i) next(x.values.data(), none);  // what these multiply is added nowhere
 }

@@ -101,6 +101,7 @@ inline void load_leaf(Pair<T>& v, const P* p) {
 inline void store_leaf(float* p, leaf_f32 v) { std::memcpy(p, &v, sizeof v); }
 inline void store_leaf(bf16* p, leaf_f32 v) {
 #if defined(LUMINA_AVX512)
+    // As below, but that what is below the smallest normal number becomes 0.
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
 #else
     leaf_u32 bits = reinterpret_cast<leaf_u32>(v);

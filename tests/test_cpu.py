@@ -162,6 +162,15 @@ def test_linear_matches_the_reference(dtype, n, inputs, outputs):
     assert_close(ours, theirs, x.double() @ weight.double().T, dtype)
 
 
+def test_bf16_is_rounded_as_torch_does():
+    x, residual = randn(40, 64, dtype=torch.bfloat16), randn(40, 64, seed=1, dtype=torch.bfloat16)
+    x[0, :6] = torch.tensor([1, 1, -1, math.inf, math.nan, 3e38])
+    residual[0, :6] = torch.tensor([2**-8, 3 * 2**-8, 2**-8, 1, 1, 3e38])  # ties to even, down and up, and an overflow
+    total = cpu.add_rms_norm(x, residual, torch.ones(64, dtype=torch.bfloat16), 1e-5)[1]
+    assert torch.equal(total.isnan(), (x + residual).isnan())
+    assert torch.equal(total.nan_to_num(), (x + residual).nan_to_num())
+
+
 def rounded_inputs(x):
     """What `linear` makes of activations: int8, a scale a group."""
     groups = x.float().unflatten(-1, (-1, GROUP))
@@ -172,7 +181,17 @@ def rounded_inputs(x):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(
-    ("n", "inputs", "outputs"), [(1, 192, 576), (2, 4096, 50), (13, 128, 33), (40, 1216, 33), (150, 576, 65)]
+    ("n", "inputs", "outputs"),
+    [
+        (1, 192, 576),
+        (2, 4096, 50),
+        (9, 64, 33),
+        (13, 128, 33),
+        (16, 64, 33),
+        (20, 64, 33),
+        (40, 1216, 33),
+        (150, 576, 65),
+    ],
 )
 def test_quantized_linear_is_the_product_of_the_rounded_activations(dtype, bits, n, inputs, outputs):
     x, weight = randn(n, inputs, dtype=dtype), quantize(randn(outputs, inputs, seed=1), bits)
@@ -257,11 +276,25 @@ def test_the_last_of_a_window_attends_with_the_same_bits_as_alone(dtype, keep):
 
 
 @pytest.mark.parametrize("format", [torch.float32, torch.bfloat16, 8, 4])
-@pytest.mark.parametrize("n", [7, 33, 100])  # few rows share the weights; of 33 rows so do three threads, but not two
-def test_linear_does_not_depend_on_the_number_of_threads(format, n):
-    x, weight = inputs_of(format, n, 192), weights_of(format)
-    found = with_threads(lambda: cpu.linear(x, weight))
+@pytest.mark.parametrize(
+    ("n", "inputs", "outputs"),
+    [
+        (7, 192, 70),  # few rows: threads share the weights
+        (33, 192, 70),  # one or two threads share the rows, three the weights
+        (100, 192, 70),
+        (100, 2048, 1100),  # many weights: threads share them, whatever the rows
+    ],
+)
+def test_linear_does_not_depend_on_the_number_of_threads(format, n, inputs, outputs):
+    x, weight = inputs_of(format, n, inputs), weights_of(format, outputs, inputs)
+
+    def run():
+        cpu.linear(-x, weight)  # so that nothing of the run before is there to be found
+        return cpu.linear(x, weight)
+
+    found = with_threads(run)
     assert all(torch.equal(other, found[0]) for other in found[1:])
+    assert torch.equal(cpu.linear(x[n - 1 :], weight)[0], found[0][n - 1])
 
 
 def test_attention_does_not_depend_on_the_number_of_threads():
