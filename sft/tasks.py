@@ -34,6 +34,16 @@ def scene_for(rng: Random, size: tuple[int, int], training: bool = True) -> Scen
     return world.random_scene(rng, None, aspect, training)
 
 
+def scene_to_tell_apart(rng: Random, size: tuple[int, int]) -> Scene:
+    """A training scene for words that mean one of its things: half of the time all share their colours and shapes.
+
+    Of 240 edits of a model that had seen none of these, 30 had changed another thing of the colour or the shape.
+    """
+    if rng.random() < 0.5:
+        return world.mixed_scene(rng, rng.choice((2, 3, 4)), size[0] / size[1])
+    return scene_for(rng, size)
+
+
 def text_to_image(rng: Random, size: tuple[int, int]) -> Turns:
     """A caption and its picture. Four equal things and two different ones are what is hardest to draw from words alone,
     and come more often than in the other tasks.
@@ -54,7 +64,7 @@ def describe(rng: Random, size: tuple[int, int]) -> Turns:
 
 def questions(rng: Random, size: tuple[int, int]) -> Turns:
     """Several turns about one picture, some with a word on something else between."""
-    scene = scene_for(rng, size)
+    scene = scene_to_tell_apart(rng, size)
     turns: list[Message] = []
     for i in range(rng.randint(2, 8)):
         asked, answer = captions.talk(rng) if i and rng.random() < 0.1 else captions.question(rng, scene)
@@ -82,7 +92,7 @@ def labels(kind: str) -> Callable[[Random, tuple[int, int]], Turns]:
 
 
 def detection(rng: Random, size: tuple[int, int]) -> Turns:
-    while (thing := captions.detection_target(rng, scene := scene_for(rng, size))) is None:
+    while (thing := captions.detection_target(rng, scene := scene_to_tell_apart(rng, size))) is None:
         pass
     question = _shown(prompts.detection(thing.name), world.picture(scene, *size))
     return question, _drawn(world.detection(scene, thing, *size))
@@ -90,7 +100,7 @@ def detection(rng: Random, size: tuple[int, int]) -> Turns:
 
 def editing(rng: Random, size: tuple[int, int]) -> Turns:
     """One edit, or two in turn; the second speaks of the picture that the first gave."""
-    scene = scene_for(rng, size)
+    scene = scene_to_tell_apart(rng, size)
     words, after = edit(rng, scene)
     turns = [_shown(prompts.editing(words), world.picture(scene, *size)), _drawn(world.picture(after, *size))]
     if rng.random() < 0.3:

@@ -167,6 +167,20 @@ def random_scene(rng: Random, n_things: int | None = None, aspect: float = 1.0, 
             return scene
 
 
+def mixed_scene(rng: Random, n_things: int, aspect: float = 1.0) -> Scene:
+    """Draw a training scene of different things that share colours and shapes, so that one word tells few of them
+    apart.
+    """
+    while True:
+        colors, shapes = rng.sample(list(COLORS), 2), rng.sample(SHAPES, 2)
+        kinds = rng.sample([(shape, color) for shape in shapes for color in colors], n_things)
+        things = place(rng, [(shape, color, rng.choice(_sizes(n_things))) for shape, color in kinds], aspect)
+        if things is not None:
+            scene = Scene(things, random_background(rng), aspect)
+            if not any(held_out_triples(scene)):
+                return scene
+
+
 def counted_scene(rng: Random, n_things: int, aspect: float = 1.0, training: bool = True) -> Scene:
     """Draw a scene of `n_things` equal things; with `training` of none whose kind is held out when alone."""
     while True:

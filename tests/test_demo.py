@@ -33,14 +33,15 @@ def vqgan_folder(tmp_path):
 def test_a_build_writes_a_checkpoint_that_the_engine_loads_and_goes_on_where_it_stopped(
     tmp_path, vqgan_folder, monkeypatch
 ):
-    chosen = [stage for stage in demo.STAGES if stage.name in ("fp64", "long", "last")]
+    chosen = [stage for stage in demo.STAGES if stage.name in ("fp64", "long", "deeper")]
     stages = tuple(replace(stage, targets=(64,), n=12, passes=1) for stage in chosen)
     monkeypatch.setattr(demo, "STAGES", stages)
     monkeypatch.setattr(demo, "BATCH_TOKENS", 1024)
     demo.main([str(tmp_path), "--vqgan", str(vqgan_folder)])
     output = tmp_path / stages[-1].name
     engine = Engine.from_pretrained(output, device="cpu")
-    assert engine.model.config.n_layers == demo.MODEL["num_hidden_layers"] + len(demo.GROWN)
+    n_grown = sum(len(stage.grows) for stage in stages)
+    assert engine.model.config.n_layers == demo.MODEL["num_hidden_layers"] + n_grown
     assert engine.default_size == (demo.TARGET_SIZES[0],) * 2
     assert engine.generate_image("a red circle", 64, 64, seed=0, progress=False).images[0].size == (64, 64)
     assert len(Dialogs([tmp_path / "data" / f"{stages[0].name}.safetensors"]).rows) == 12
@@ -51,7 +52,7 @@ def test_a_build_writes_a_checkpoint_that_the_engine_loads_and_goes_on_where_it_
 
 def test_a_model_that_has_grown_computes_what_it_did(tmp_path, vqgan_folder):
     demo.write_start(tmp_path / "start", vqgan_folder)
-    grown = demo.grow(tmp_path / "start", tmp_path / "grown")
+    grown = demo.grow(tmp_path / "start", tmp_path / "grown", (2, 4))
     tokens, logits = torch.arange(60).view(2, 30), []
     for folder in (tmp_path / "start", grown):
         config = weights.stored_config(folder)

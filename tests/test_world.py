@@ -174,6 +174,15 @@ def test_training_never_shows_what_is_held_out_and_others_do():
         assert not world.is_held_out(scene.things[0].color, scene.things[0].shape, None)
 
 
+@pytest.mark.parametrize("aspect", ASPECTS)
+def test_mixed_scenes_have_different_things_of_two_colors_and_two_shapes_and_show_nothing_held_out(aspect):
+    for seed in range(30):
+        scene = world.mixed_scene(Random(seed), 2 + seed % 3, aspect)
+        assert len({thing.name for thing in scene.things}) == len(scene.things) == 2 + seed % 3
+        assert max(len({thing.color for thing in scene.things}), len({thing.shape for thing in scene.things})) <= 2
+        assert not any(world.held_out_triples(scene))
+
+
 def test_a_turn_around_the_scene_comes_back_and_keeps_distances():
     scene = world.random_scene(Random(1), 2)
     turned = world.view(scene, math.pi / 2)
