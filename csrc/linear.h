@@ -16,9 +16,9 @@
 //
 // A task is a panel for all rows, chunk by chunk, so that a weight is read from memory once; of few weights it is all
 // panels for a share of the rows. A chunk stays in the first cache while tile after tile of rows is multiplied with it,
-// and meanwhile the next one is asked of memory into the second, a share in each tile, so that neither need wait for the
-// other; what comes next goes from there to the first. Every output is summed over its inputs in one order, whatever the
-// other rows: results are the same bits in any batch.
+// and meanwhile the next one is asked of memory into the second, a share in each tile, so that neither need wait for
+// the other; what comes next goes from there to the first. Every output is summed over its inputs in one order,
+// whatever the other rows: results are the same bits in any batch.
 
 constexpr int GROUP = 64;   // inputs that share a scale
 constexpr int CHUNK = 128;  // vectors of a half that are summed apart
@@ -29,8 +29,8 @@ constexpr int64_t STRIDE = HALVES * 64;  // bytes from a vector of a half to its
 constexpr int64_t NEAR = 1024;           // bytes between what goes to the first cache and what is multiplied
 
 // Bytes of weights up to which threads share the rows, and rows that a thread then has at least. To read weights of the
-// third cache twice costs less than to have each other's rows, in and out, from another core: 192 x 192 in bf16 with 128
-// rows 25 us by shares of the weights, as long as by one thread, and 12 by shares of the rows (two cores with AMX).
+// third cache twice costs less than to have each other's rows, in and out, from another core: 192 x 192 in bf16 with
+// 128 rows 25 us by shares of the weights, as long as by one thread, and 12 by shares of the rows (two cores with AMX).
 constexpr int64_t FEW_WEIGHTS = 1 << 20, ROWS_A_THREAD = 16;
 
 // Rows of a tile at most, and rows up to which a tile takes both halves: as many sums as there are registers for.

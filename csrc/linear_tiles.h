@@ -2,7 +2,8 @@
 //
 // A tile of weights is 16 vectors of a half of a panel, as they lie there: 32 inputs in bf16, a group of 64 in int8. A
 // group of int4 is taken apart into as much first. Rows are filled up to whole tiles; what comes out of such rows is
-// not looked at. A load of weights is for up to 32 rows in bf16, in four tiles of sums, and for all of a band in integers.
+// not looked at. A load of weights is for up to 32 rows in bf16, in four tiles of sums, and for all of a band in
+// integers.
 
 #include "tiles.h"
 
@@ -30,8 +31,8 @@ struct Bf16Input {
     }
 };
 
-// Add the products of COUNT tiles of rows with blocks `begin` to `end` of a panel to the sums; the first block begins them.
-// Meanwhile `share` bytes a block are asked of memory, the `part`-th such share of the block that far ahead.
+// Add the products of COUNT tiles of rows with blocks `begin` to `end` of a panel to the sums; the first block begins
+// them. Meanwhile `share` bytes a block are asked of memory, the `part`-th such share of the block that far ahead.
 template <int COUNT>
 static void add_blocks(const Bf16Input& x, const uint8_t* weights, int64_t vectors, int64_t row, int64_t begin,
                        int64_t end, int64_t part, int64_t share, float* sums) {
@@ -129,9 +130,9 @@ inline void add_products(const QuantizedInput<Format>& x, const Group& group, co
     }
 }
 
-// One step: tiles 2 N and 2 N + 1 hold products of two steps ago, which are stored, and multiply `values` with the weights
-// of tiles 6 and 7; products stored a step ago are added. Nothing waits for what the step begins. Not inline, or g++ keeps
-// addresses in vector registers, and tiles wait for all the arithmetic before them.
+// One step: tiles 2 N and 2 N + 1 hold products of two steps ago, which are stored, and multiply `values` with the
+// weights of tiles 6 and 7; products stored a step ago are added. Nothing waits for what the step begins. Not inline,
+// or g++ keeps addresses in vector registers, and tiles wait for all the arithmetic before them.
 template <int N, class Format>
 __attribute__((noinline)) static void advance(const QuantizedInput<Format>& x, const Line<int8_t>* values,
                                               Products* products, const Group& stored) {

@@ -289,8 +289,9 @@ def test_linear_does_not_depend_on_the_number_of_threads(format, n, inputs, outp
     x, weight = inputs_of(format, n, inputs), weights_of(format, outputs, inputs)
 
     def run():
-        cpu.linear(-x, weight)  # so that nothing of the run before is there to be found
-        return cpu.linear(x, weight)
+        out = cpu.linear(x, weight)
+        cpu.linear(-x, weight)  # or the next run would find what it has to read
+        return out
 
     found = with_threads(run)
     assert all(torch.equal(other, found[0]) for other in found[1:])
