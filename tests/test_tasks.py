@@ -189,3 +189,9 @@ def test_small_and_large_differ_at_every_size_that_the_tasks_draw():
     for width, height in sizes:
         sides = [world.Thing("star", "red", size, 0.5, 0.5).box(width, height) for size in ("small", "large")]
         assert sides[0][2] - sides[0][0] < sides[1][2] - sides[1][0]
+
+
+def test_half_of_the_scenes_to_tell_apart_share_colors_and_shapes(monkeypatch):
+    monkeypatch.setattr(world, "mixed_scene", lambda rng, n_things, aspect: None)
+    scenes = [tasks.scene_to_tell_apart(Random(seed), (80, 80)) for seed in range(200)]
+    assert 80 <= scenes.count(None) <= 120
