@@ -76,7 +76,9 @@ class Pace:
         self.speculation = speculation
         self._times: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=9))  # the last, by tokens of a step
         self._seconds: dict[int, float] = {}  # their medians, in ascending order of tokens
-        self._held = [1.0] + [0.5] * (WINDOWS[-1] - 1)  # how often draw i of a window held
+        # How often draw i of a window held where the one before it did, and how often that was seen; those that were
+        # never reached hold as often as the last that was.
+        self._rates, self._n_seen = [1.0, 0.5], [0, 0]
 
     def window(self, n_rows: int) -> int:
         """The number of draws for each image of the next step, of which each takes a token of `n_rows` rows."""
@@ -84,9 +86,10 @@ class Pace:
             return 1 if self.speculation == "off" else self.speculation
         if not n_rows or not self._seconds:
             return 1
-        best, best_pace, expected = 1, 0.0, 0.0
+        best, best_pace, expected, chance = 1, 0.0, 0.0, 1.0
         for n_draws in range(1, WINDOWS[-1] + 1):
-            expected += self._held[n_draws - 1]
+            chance *= self._rates[min(n_draws, len(self._rates)) - 1]
+            expected += chance
             if n_draws in WINDOWS:
                 pace = expected / self._predict(n_draws * n_rows)
                 if pace > best_pace:
@@ -108,13 +111,14 @@ class Pace:
 
     def learn(self, n_draws: int, n_held: int) -> None:
         """Take in how many draws of a window held. One draw, which always holds, tells nothing."""
-        if n_draws == 1:
-            return
-        for i in range(1, n_draws):
-            self._held[i] += 0.03 * ((i < n_held) - self._held[i])
-        # Deeper ones hold at most as often as the last that was tried.
-        for i in range(n_draws, len(self._held)):
-            self._held[i] = min(self._held[i], self._held[i - 1])
+        for i in range(1, min(n_draws, n_held + 1)):
+            if i == len(self._rates):
+                self._rates.append(self._rates[-1])
+                self._n_seen.append(0)
+            self._n_seen[i] += 1
+            # A mean at first, so that a process has learned it within some steps, then of the last few dozen.
+            weight = max(0.03, 1 / (self._n_seen[i] + 1))
+            self._rates[i] += weight * ((i < n_held) - self._rates[i])
 
     def _predict(self, n_tokens: int) -> float:
         size = _size(n_tokens)

@@ -72,6 +72,18 @@ def test_a_pace_of_auto_takes_what_commits_most_a_second():
     assert Pace(7).window(2) == 7
 
 
+@pytest.mark.parametrize("slope", [0.005, 0.02, 0.1])
+def test_a_pace_of_auto_learns_within_an_image_that_guesses_do_not_hold(slope):
+    pace, codes, seconds = Pace("auto"), 100, 0.0
+    for _ in range(codes):
+        n_draws = pace.window(2)
+        took = 1 + slope * 2 * (n_draws - 1)
+        pace.observe(2 * n_draws, took)
+        pace.learn(n_draws, 1)
+        seconds += took
+    assert seconds < 1.03 * codes
+
+
 def test_a_first_step_that_compiled_puts_off_no_window():
     pace, sizes = Pace("auto"), {1}
     for _ in range(100):
