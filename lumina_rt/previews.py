@@ -1,11 +1,13 @@
 """Pictures of images that are still being drawn, decoded beside the steps and never waited for.
 
 One thread decodes for a whole Engine, in the order of asking. A request has one preview in the making at a time: what
-it asks for meanwhile is left out. It knows codes and pixels, not tokens.
+it asks for meanwhile is left out, and so is what would take more than SHARE of the time. It knows codes and pixels,
+not tokens.
 """
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,6 +20,7 @@ from lumina_rt.request import Request
 from lumina_rt.unirep import Layout
 
 UNDRAWN = (128, 128, 128)
+SHARE = 0.03  # of the time of a core, which steps may miss; the lowest priority alone cost 4 to 11 % on two cores
 
 
 class Previews:
@@ -26,16 +29,18 @@ class Previews:
     def __init__(self, decode: Callable[[np.ndarray], Image.Image], factor: int):
         self._decode, self._factor = decode, factor
         self._thread = ThreadPoolExecutor(1, "previews", initializer=give_way)
+        self._next = 0.0  # by time.monotonic, when another may begin
 
     def begin(self, request: Request, sample: int, image: int, layout: Layout, codes: np.ndarray) -> None:
-        """Have the finished rows of an image decoded, unless a preview of this request is still in the making.
+        """Have the finished rows of an image decoded, unless a preview of this request is still in the making, or
+        previews have had their share of the time.
 
         The samples of a request take turns, as the first of them would else be the only one to be seen.
         """
         n = len(request.samples)
         turns = ((request.previewed + i) % n for i in range(1, n + 1))
         due = next((i for i in turns if not request.samples[i].finish_reason), sample)
-        if request.preview is None and sample == due:
+        if request.preview is None and sample == due and time.monotonic() >= self._next:
             request.previewed = sample
             request.preview = self._thread.submit(self._draw, request.request_id, sample, image, layout, codes)
 
@@ -47,8 +52,10 @@ class Previews:
         return ready.result()
 
     def _draw(self, request_id: int, sample: int, image: int, layout: Layout, codes: np.ndarray) -> Preview:
+        begun = time.thread_time()
         picture = Image.new("RGB", layout.size(self._factor), UNDRAWN)
         picture.paste(self._decode(codes))
+        self._next = time.monotonic() + (time.thread_time() - begun) / SHARE
         return Preview(request_id, sample, image, len(codes), layout.rows, picture)
 
 

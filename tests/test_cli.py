@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import math
 import sys
 from dataclasses import fields
 
@@ -434,6 +435,7 @@ def test_an_interrupt_is_130_and_leaves_no_file(run, tmp_path, monkeypatch, argv
 def at_once(monkeypatch):
     for name in ("previews", "terminal"):
         monkeypatch.setattr(f"lumina_rt.{name}.ThreadPoolExecutor", AtOnce)
+    monkeypatch.setattr("lumina_rt.previews.SHARE", math.inf)
 
 
 def test_a_preview_file_is_written_over_and_over_and_ends_as_the_image(run, at_once, monkeypatch, tmp_path):

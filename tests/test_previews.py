@@ -1,17 +1,25 @@
 """Previews: the finished rows over gray, decoded beside the steps, never waited for, and their errors told."""
 
+import math
 import threading
 from concurrent.futures import Future
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_engine import assert_nothing_is_left
 
-from lumina_rt import ImageRow, Preview, RequestOutput, SamplingParams
+from lumina_rt import ImageRow, Preview, RequestOutput, SamplingParams, previews
 from lumina_rt.previews import UNDRAWN, give_way
 
 IMAGE = SamplingParams(num_images=1, size=(64, 160), seed=3)  # 10 rows of 4 codes
+
+
+@pytest.fixture(autouse=True)
+def as_many_as_are_asked_for(monkeypatch):
+    monkeypatch.setattr(previews, "SHARE", math.inf)
 
 
 class AtOnce:
@@ -38,10 +46,10 @@ def read(stream):
 
 def test_a_preview_is_the_finished_rows_decoded_over_gray(engine):
     events = read(engine.stream("a dog", IMAGE, preview_every=3))
-    previews = [event for event in events if isinstance(event, Preview)]
-    assert [(p.sample, p.image, p.rows_done, p.n_rows) for p in previews] == [(0, 0, n, 10) for n in (3, 6, 9)]
+    shown = [event for event in events if isinstance(event, Preview)]
+    assert [(p.sample, p.image, p.rows_done, p.n_rows) for p in shown] == [(0, 0, n, 10) for n in (3, 6, 9)]
     codes = events[-1].answers[0].codes[0]
-    for preview in previews:
+    for preview in shown:
         pixels, height = np.asarray(preview.picture), 16 * preview.rows_done
         assert pixels.shape == (160, 64, 3)
         assert np.array_equal(pixels[:height], np.asarray(engine.decode_codes(codes[: preview.rows_done])))
@@ -59,9 +67,9 @@ def test_each_image_of_each_answer_has_previews(engine):
     engine.previews._thread = AtOnce()
     params = SamplingParams(num_images=2, size=(64, 64), n=2, seed=1)
     events = engine.stream("a dog", params, preview_every=2)
-    previews = [(p.sample, p.image, p.rows_done) for p in events if isinstance(p, Preview)]
+    shown = [(p.sample, p.image, p.rows_done) for p in events if isinstance(p, Preview)]
     # The last row of an answer asks for none.
-    assert sorted(previews) == [(sample, *place) for sample in (0, 1) for place in ((0, 2), (0, 4), (1, 2))]
+    assert sorted(shown) == [(sample, *place) for sample in (0, 1) for place in ((0, 2), (0, 4), (1, 2))]
 
 
 def test_several_answers_take_turns_where_previews_are_slow(engine):
@@ -93,12 +101,12 @@ def test_steps_never_wait_for_a_preview_and_what_comes_meanwhile_is_left_out(eng
         return engine.decode_codes(codes)
 
     engine.previews._decode = decode
-    rows, previews = 0, []
+    rows, shown = 0, []
     for event in engine.stream("a dog", IMAGE, preview_every=1):
         rows += isinstance(event, ImageRow)
         assert begun.wait(60)
         if isinstance(event, Preview):
-            previews.append(event.rows_done)
+            shown.append(event.rows_done)
         if rows == 5 and not go_on.is_set():
             (request,) = engine._requests.values()
             assert asked == [1]
@@ -106,9 +114,28 @@ def test_steps_never_wait_for_a_preview_and_what_comes_meanwhile_is_left_out(eng
             go_on.set()
             request.preview.result()
     assert rows == 10
-    assert previews[0] == 1
+    assert shown[0] == 1
     assert 2 not in asked
     assert 4 not in asked
+
+
+def test_previews_take_no_more_than_their_share_of_the_time(engine, monkeypatch):
+    now, busy = 0.0, 0.0
+
+    def decode(codes):
+        nonlocal busy
+        busy += 3.0
+        return Image.new("RGB", (64, 16 * len(codes)))
+
+    clocks = SimpleNamespace(monotonic=lambda: now, thread_time=lambda: busy)
+    monkeypatch.setattr(previews, "time", clocks)
+    monkeypatch.setattr(previews, "SHARE", 0.03)
+    engine.previews._thread, engine.previews._decode = AtOnce(), decode
+    shown = []
+    for event in engine.stream("a dog", IMAGE, preview_every=1):
+        now += 25 * isinstance(event, ImageRow)
+        shown += [event.rows_done] if isinstance(event, Preview) else []
+    assert shown == [1, 5, 9], "three seconds of a hundred"
 
 
 def test_an_image_ends_while_its_preview_is_still_being_decoded(engine):
