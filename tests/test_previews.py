@@ -34,6 +34,22 @@ class AtOnce:
         return done
 
 
+class Waiting(AtOnce):
+    """Likewise, when it is told to."""
+
+    def __init__(self):
+        self.calls = []
+
+    def submit(self, call, *args):
+        done = Future()
+        self.calls.append(lambda: done.done() or done.set_result(call(*args)))
+        return done
+
+    def run(self):
+        while self.calls:
+            self.calls.pop(0)()
+
+
 def read(stream):
     """All events of a stream; each preview is waited for before the next step."""
     events = []
@@ -136,6 +152,31 @@ def test_previews_take_no_more_than_their_share_of_the_time(engine, monkeypatch)
         now += 25 * isinstance(event, ImageRow)
         shown += [event.rows_done] if isinstance(event, Preview) else []
     assert shown == [1, 5, 9], "three seconds of a hundred"
+
+
+def test_previews_of_several_requests_share_what_they_may_take(engine, monkeypatch):
+    now, busy = 0.0, 0.0
+
+    def decode(codes):
+        nonlocal busy
+        busy += 3.0
+        return Image.new("RGB", (64, 16 * len(codes)))
+
+    monkeypatch.setattr(previews, "time", SimpleNamespace(monotonic=lambda: now, thread_time=lambda: busy))
+    monkeypatch.setattr(previews, "SHARE", 0.03)
+    engine.previews._decode = decode
+    engine.previews._thread = waiting = Waiting()
+    shown = []
+
+    def note(event):
+        nonlocal now
+        now += 10 * isinstance(event, ImageRow)  # two requests: 20 seconds a row
+        waiting.run()
+        shown.append(event.rows_done) if isinstance(event, Preview) else None
+
+    engine.generate(["a dog", "a cat"], IMAGE, callback=note, progress=False, preview_every=1)
+    # Both ask before the first is decoded: six seconds, and what is left of two hundred.
+    assert shown == [1, 1]
 
 
 def test_an_image_ends_while_its_preview_is_still_being_decoded(engine):
