@@ -14,6 +14,7 @@ from lumina_rt.unirep import Layout, Slot
 
 # Draws a step that are tried. Each costs a token of both rows.
 WINDOWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+PROBE = 64  # steps after which the next larger window is tried once
 
 
 class Guesses:
@@ -68,8 +69,9 @@ class Pace:
     """How many draws to try a step, from what steps have cost and how many draws have held.
 
     speculation: a number of draws, "off" for one, or "auto" for the number that commits most codes a second here.
-    The time of a step grows with its tokens, from one size to the next no slower than before; so the next larger
-    window is tried where the line through the last two sizes promises that it pays, and none beyond it.
+    The time of a step is taken to grow with its tokens, from one size to the next no slower than before; so the next
+    larger window is tried where the line through the last two sizes promises that it pays, and none beyond it. Now and
+    then it is tried in any case: one draw a step tells nothing of guesses, which may hold better in another image.
     """
 
     def __init__(self, speculation: str | int):
@@ -79,6 +81,7 @@ class Pace:
         # How often draw i of a window held where the one before it did, and how often that was seen; those that were
         # never reached hold as often as the last that was.
         self._rates, self._n_seen = [1.0, 0.5], [0, 0]
+        self._n_windows = 0
 
     def window(self, n_rows: int) -> int:
         """The number of draws for each image of the next step, of which each takes a token of `n_rows` rows."""
@@ -96,6 +99,9 @@ class Pace:
                     best, best_pace = n_draws, pace
                 if _size(n_draws * n_rows) not in self._seconds:
                     break
+        self._n_windows += 1
+        if self._n_windows % PROBE == 0:
+            return WINDOWS[min(WINDOWS.index(best) + 1, len(WINDOWS) - 1)]
         return best
 
     def observe(self, n_tokens: int, seconds: float) -> None:

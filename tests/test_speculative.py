@@ -84,6 +84,15 @@ def test_a_pace_of_auto_learns_within_an_image_that_guesses_do_not_hold(slope):
     assert seconds < 1.03 * codes
 
 
+def test_a_pace_of_auto_sees_when_guesses_begin_to_hold():
+    pace = Pace("auto")
+    for step in range(2000):
+        n_draws = pace.window(2)
+        pace.observe(2 * n_draws, 1 + n_draws / 10)
+        pace.learn(n_draws, 1 if step < 200 else n_draws)
+    assert pace.window(2) >= 8
+
+
 def test_a_first_step_that_compiled_puts_off_no_window():
     pace, sizes = Pace("auto"), {1}
     for _ in range(100):
