@@ -35,11 +35,12 @@ class Previews:
         """Have the finished rows of an image decoded, unless a preview of this request is still in the making, or
         previews have had their share of the time.
 
-        The samples of a request take turns, as the first of them would else be the only one to be seen.
+        The samples of a request take turns, as the first of them would else be the only one to be seen; one that
+        writes text has none.
         """
-        n = len(request.samples)
+        samples, n = request.samples, len(request.samples)
         turns = ((request.previewed + i) % n for i in range(1, n + 1))
-        due = next((i for i in turns if not request.samples[i].finish_reason), sample)
+        due = next(i for i in turns if i == sample or (samples[i].layout and not samples[i].finish_reason))
         if request.preview is None and sample == due and time.monotonic() >= self._next:
             request.previewed = sample
             request.preview = self._thread.submit(self._draw, request.request_id, sample, image, layout, codes)

@@ -13,6 +13,7 @@ from test_engine import assert_nothing_is_left
 
 from lumina_rt import ImageRow, Preview, RequestOutput, SamplingParams, previews
 from lumina_rt.previews import UNDRAWN, give_way
+from lumina_rt.unirep import Layout
 
 IMAGE = SamplingParams(num_images=1, size=(64, 160), seed=3)  # 10 rows of 4 codes
 
@@ -105,6 +106,18 @@ def test_several_answers_take_turns_where_previews_are_slow(engine):
             engine.previews.pending()
             engine.previews.pending = None
     assert asked[:4] == [0, 1, 2, 0]
+
+
+def test_an_answer_that_writes_text_keeps_no_other_from_its_previews(engine):
+    engine.previews._thread, layout = Waiting(), Layout(2, 2)
+    writing, drawing = (SimpleNamespace(layout=of, finish_reason=None) for of in (None, layout))
+    request = SimpleNamespace(request_id=0, samples=[writing, drawing, drawing], previewed=2, preview=None)
+    begun = []
+    for sample in (1, 2, 1):
+        engine.previews.begin(request, sample, 0, layout, np.zeros((1, 4), np.int64))
+        begun.append(request.previewed)
+        request.preview = None
+    assert begun == [1, 2, 1]
 
 
 def test_steps_never_wait_for_a_preview_and_what_comes_meanwhile_is_left_out(engine):
