@@ -71,6 +71,11 @@ OMNI_EDITS = {
 }  # fmt: skip
 # And the prompts that this costs.
 OMNI_PROMPTS = {"text_to_image": 71, "questions": 15, "editing": 9, "detection": 3, "describe": 2}
+# And all that the last two stages showed little of: maps before all.
+OMNI_BALANCED = {
+    "text_to_image": 40, "describe": 2, "questions": 15, "talk": 0.2, "segmentation": 3, "depth": 2.5, "normals": 3.5,
+    "detection": 4, "editing": 26, "from_condition": 2.5, "multiview": 1.3,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ class Stage:
     also: tuple[str, ...] = ()
 
 
-# FP-SFT in three stages of growing area, then Omni-SFT (paper, section 2.2.2), in six.
+# FP-SFT in three stages of growing area, then Omni-SFT (paper, section 2.2.2), in seven.
 STAGES = (
     Stage("fp64", TEXT_TO_IMAGE, (64,), 18_000, 1, 2.5e-3, 2.5e-3),
     Stage("fp80", TEXT_TO_IMAGE, (80,), 60_000, 1, 2.5e-3, 2.5e-3),
@@ -104,6 +109,7 @@ STAGES = (
     Stage("deeper", OMNI_DEEPER, (80, 80, 80, 96, 64), 200_000, 0.75, 2e-3, 1e-5, 6.5e-3, grows=(2, 4), also=("long",)),
     Stage("edits", OMNI_EDITS, (80, 80, 80, 96, 64), 252_000, 0.87, 1.2e-3, 1e-5, 4e-3, grows=(2, 5)),
     Stage("prompts", OMNI_PROMPTS, (80, 80, 80, 96, 64), 130_000, 0.49, 8e-4, 5e-6, 2.7e-3, also=("edits",)),
+    Stage("balanced", OMNI_BALANCED, (80, 80, 80, 96, 64), 190_000, 0.59, 8e-4, 5e-6, 2.7e-3),
 )
 BATCH_TOKENS = 4096
 

@@ -132,3 +132,13 @@ def test_the_last_thing_is_never_removed():
         words, after = edit(Random(seed), scene)
         assert "Remove" not in words
         assert after.things
+
+
+def test_training_asks_for_a_new_background_seldom():
+    scene = world.random_scene(Random(0), 2)
+
+    def n_backgrounds(training):
+        return sum("background" in edit(Random(seed), scene, training)[0] for seed in range(1000))
+
+    assert n_backgrounds(training=True) < 120, "one in thirteen"
+    assert n_backgrounds(training=False) > 150, "one in five"
