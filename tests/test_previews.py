@@ -148,44 +148,37 @@ def test_steps_never_wait_for_a_preview_and_what_comes_meanwhile_is_left_out(eng
     assert 4 not in asked
 
 
-def test_previews_take_no_more_than_their_share_of_the_time(engine, monkeypatch):
-    now, busy = 0.0, 0.0
+@pytest.fixture
+def clock(engine, monkeypatch):
+    """A clock that a test turns; a preview takes three seconds of its thread."""
+    clock = SimpleNamespace(now=0.0, busy=0.0)
 
     def decode(codes):
-        nonlocal busy
-        busy += 3.0
+        clock.busy += 3.0
         return Image.new("RGB", (64, 16 * len(codes)))
 
-    clocks = SimpleNamespace(monotonic=lambda: now, thread_time=lambda: busy)
+    clocks = SimpleNamespace(monotonic=lambda: clock.now, thread_time=lambda: clock.busy)
     monkeypatch.setattr(previews, "time", clocks)
     monkeypatch.setattr(previews, "SHARE", 0.03)
-    engine.previews._thread, engine.previews._decode = AtOnce(), decode
-    shown = []
+    engine.previews._decode = decode
+    return clock
+
+
+def test_previews_take_no_more_than_their_share_of_the_time(engine, clock):
+    engine.previews._thread, shown = AtOnce(), []
     for event in engine.stream("a dog", IMAGE, preview_every=1):
-        now += 25 * isinstance(event, ImageRow)
+        clock.now += 25 * isinstance(event, ImageRow)
         shown += [event.rows_done] if isinstance(event, Preview) else []
     assert shown == [1, 5, 9], "three seconds of a hundred"
 
 
-def test_previews_of_several_requests_share_what_they_may_take(engine, monkeypatch):
-    now, busy = 0.0, 0.0
-
-    def decode(codes):
-        nonlocal busy
-        busy += 3.0
-        return Image.new("RGB", (64, 16 * len(codes)))
-
-    monkeypatch.setattr(previews, "time", SimpleNamespace(monotonic=lambda: now, thread_time=lambda: busy))
-    monkeypatch.setattr(previews, "SHARE", 0.03)
-    engine.previews._decode = decode
-    engine.previews._thread = waiting = Waiting()
-    shown = []
+def test_previews_of_several_requests_share_what_they_may_take(engine, clock):
+    engine.previews._thread, shown = Waiting(), []
 
     def note(event):
-        nonlocal now
-        now += 10 * isinstance(event, ImageRow)  # two requests: 20 seconds a row
-        waiting.run()
-        shown.append(event.rows_done) if isinstance(event, Preview) else None
+        clock.now += 10 * isinstance(event, ImageRow)  # two requests: 20 seconds a row
+        engine.previews._thread.run()
+        shown.extend([event.rows_done] if isinstance(event, Preview) else [])
 
     engine.generate(["a dog", "a cat"], IMAGE, callback=note, progress=False, preview_every=1)
     # Both ask before the first is decoded: six seconds, and what is left of two hundred.
