@@ -68,6 +68,7 @@ def test_a_pace_of_auto_takes_what_commits_most_a_second():
     assert settled(lambda n: 1.0, held=0.9) >= 16, "tokens are free"
     assert settled(lambda n: float(n), held=0.5) == 1, "every token costs as much as the first"
     assert 2 <= settled(lambda n: 1 + n / 20, held=0.5) <= 6
+    assert 6 <= settled(lambda n: 1 + n / 20, held=0.8) <= 12, "of a draw, where the one before it held"
     assert Pace("off").window(2) == 1
     assert Pace(7).window(2) == 7
 
