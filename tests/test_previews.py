@@ -185,6 +185,13 @@ def test_previews_of_several_requests_share_what_they_may_take(engine, clock):
     assert shown == [1, 1]
 
 
+def test_a_preview_is_decoded_by_one_thread_and_leaves_the_steps_theirs(engine):
+    seen, before = [], torch.get_num_threads()
+    engine.previews._decode = lambda codes: seen.append(torch.get_num_threads()) or engine.decode_codes(codes)
+    read(engine.stream("a dog", IMAGE, preview_every=9))
+    assert (seen, torch.get_num_threads()) == ([1], before)
+
+
 def test_an_image_ends_while_its_preview_is_still_being_decoded(engine):
     go_on = threading.Event()
     engine.previews._decode = lambda codes: go_on.wait(60) and engine.decode_codes(codes)
@@ -230,5 +237,6 @@ def test_the_thread_of_previews_has_a_stream_of_its_own_where_a_gpu_is_in_use(mo
     monkeypatch.setattr(torch.cuda, "Stream", object)
     monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
     monkeypatch.setattr("os.nice", lambda n: n)  # this thread is the tests' own
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: n)
     give_way()
     assert len(streams) == in_use
