@@ -129,7 +129,7 @@ def test_a_thousand_requests_with_aborts_failures_and_deadlines_leave_nothing(ch
     idle(engine)
     assert sum(ends.values()) == N_REQUESTS
     assert len(injected) == 4, injected
-    expected = {"whole": 200, "refused": 40, "failed": 8, "late": 5, "cancelled": 20, "closed": 20, "aborted": 15}
+    expected = {"whole": 300, "refused": 40, "failed": 8, "late": 5, "cancelled": 20, "closed": 20, "aborted": 15}
     assert all(ends[end] >= least for end, least in expected.items()), ends
     again = engine.generate([KINDS[0][0]], KINDS[0][1], progress=False)[0]
     assert np.array_equal(np.asarray(again.images[0]), np.asarray(alone[0].images[0]))
