@@ -187,9 +187,13 @@ def test_previews_of_several_requests_share_what_they_may_take(engine, clock):
 
 def test_a_preview_is_decoded_by_one_thread_and_leaves_the_steps_theirs(engine):
     seen, before = [], torch.get_num_threads()
-    engine.previews._decode = lambda codes: seen.append(torch.get_num_threads()) or engine.decode_codes(codes)
-    read(engine.stream("a dog", IMAGE, preview_every=9))
-    assert (seen, torch.get_num_threads()) == ([1], before)
+    torch.set_num_threads(2)
+    try:
+        engine.previews._decode = lambda codes: seen.append(torch.get_num_threads()) or engine.decode_codes(codes)
+        read(engine.stream("a dog", IMAGE, preview_every=9))
+        assert (seen, torch.get_num_threads()) == ([1], 2)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_an_image_ends_while_its_preview_is_still_being_decoded(engine):
