@@ -5,8 +5,6 @@ it asks for meanwhile is left out. Previews of all requests take SHARE of the ti
 asked for before those so far are within it is left out as well. This file knows codes and pixels, not tokens.
 """
 
-import os
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +18,7 @@ from lumina_rt.request import Request
 from lumina_rt.unirep import Layout
 
 UNDRAWN = (128, 128, 128)
-SHARE = 0.03  # of the time goes to their thread; without a limit steps took 4 to 11 % longer on two cores
+SHARE = 0.02  # of the time; of two cores the steps lose about as much, and 4 to 11 % without a limit
 
 
 class Previews:
@@ -53,17 +51,18 @@ class Previews:
         return ready.result()
 
     def _draw(self, request_id: int, sample: int, image: int, layout: Layout, codes: np.ndarray) -> Preview:
-        begun = time.thread_time()
+        begun = time.monotonic()
         picture = Image.new("RGB", layout.size(self._factor), UNDRAWN)
         try:
             picture.paste(self._decode(codes))
         finally:
-            self._next = max(self._next, time.monotonic()) + (time.thread_time() - begun) / SHARE
+            now = time.monotonic()
+            self._next = max(self._next, now) + (now - begun) / SHARE
         return Preview(request_id, sample, image, len(codes), layout.rows, picture)
 
 
 def give_way() -> None:
-    """Let this thread have what the steps leave of the cores. Elsewhere than on Linux nice is not a thread's.
+    """Let the steps have what they need, for as long as this thread lives.
 
     Where a GPU is in use it gets a stream of its own, so that a step does not stand behind a picture. It has no OpenMP
     threads beside it: with more of them than cores libgomp lets those of the steps sleep at every op, for as long as
@@ -72,5 +71,3 @@ def give_way() -> None:
     torch.set_num_threads(1)  # of this thread
     if torch.cuda.is_initialized():
         torch.cuda.set_stream(torch.cuda.Stream())
-    if sys.platform == "linux":
-        os.nice(19)

@@ -150,15 +150,14 @@ def test_steps_never_wait_for_a_preview_and_what_comes_meanwhile_is_left_out(eng
 
 @pytest.fixture
 def clock(engine, monkeypatch):
-    """A clock that a test turns; a preview takes three seconds of its thread."""
-    clock = SimpleNamespace(now=0.0, busy=0.0)
+    """A clock that a test turns; a preview takes three seconds."""
+    clock = SimpleNamespace(now=0.0)
 
     def decode(codes):
-        clock.busy += 3.0
+        clock.now += 3.0
         return Image.new("RGB", (64, 16 * len(codes)))
 
-    clocks = SimpleNamespace(monotonic=lambda: clock.now, thread_time=lambda: clock.busy)
-    monkeypatch.setattr(previews, "time", clocks)
+    monkeypatch.setattr(previews, "time", SimpleNamespace(monotonic=lambda: clock.now))
     monkeypatch.setattr(previews, "SHARE", 0.03)
     engine.previews._decode = decode
     return clock
@@ -169,7 +168,7 @@ def test_previews_take_no_more_than_their_share_of_the_time(engine, clock):
     for event in engine.stream("a dog", IMAGE, preview_every=1):
         clock.now += 25 * isinstance(event, ImageRow)
         shown += [event.rows_done] if isinstance(event, Preview) else []
-    assert shown == [1, 5, 9], "three seconds of a hundred"
+    assert shown == [1, 5, 9], "three seconds, and none for the hundred after them"
 
 
 def test_previews_of_several_requests_share_what_they_may_take(engine, clock):
@@ -240,7 +239,6 @@ def test_the_thread_of_previews_has_a_stream_of_its_own_where_a_gpu_is_in_use(mo
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: in_use)
     monkeypatch.setattr(torch.cuda, "Stream", object)
     monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
-    monkeypatch.setattr("os.nice", lambda n: n)  # this thread is the tests' own
-    monkeypatch.setattr(torch, "set_num_threads", lambda n: n)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: n)  # this thread is the tests' own
     give_way()
     assert len(streams) == in_use
