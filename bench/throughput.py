@@ -4,8 +4,9 @@
     python bench/throughput.py --in-flight 1 16 64 --page-size 8 --speculation off --plot throughput.png
     python bench/throughput.py --dummy-weights 7b --layers 2 --size 128x128 --quantization int4 --images 4
 
-Images of different prompts come and go; as soon as one is finished the next begins. The floor is that of latency.py,
-for the steps that were run. The last line of stdout is one JSON object.
+Images of different prompts come and go; as soon as one is finished the next begins. Rounds of all numbers follow one
+another, and the median of each number is told: a machine that slows meanwhile slows them all. The floor is that of
+latency.py, for the steps that were run. The last line of stdout is one JSON object.
 """
 
 import json
@@ -41,7 +42,7 @@ def measure(engine: Engine, watch: latency.Watch, floor: machine.Floor, n_in_fli
     watch.begin()
     begun = time.perf_counter()
     outputs = engine.generate(texts, params, progress=False)
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - begun - watch.seconds
     n_answer = sum(output.timings.n_answer_tokens for output in outputs) / n_images
     n_tokens = watch.n_tokens / watch.n_steps
     least = watch.n_steps * latency.floor_of_step(engine, floor, n_rows, n_answer / 2, n_tokens)
@@ -59,6 +60,11 @@ def measure(engine: Engine, watch: latency.Watch, floor: machine.Floor, n_in_fli
         "floor_percent": 100 * least / seconds,
         "peak_gib": machine.peak_gib(args.device),
     }
+
+
+def median(runs: tuple[dict, ...]) -> dict:
+    """The run of the middle pace, whole."""
+    return sorted(runs, key=lambda run: run["images_per_min"])[len(runs) // 2]
 
 
 def table(results: list[dict]) -> str:
@@ -96,6 +102,7 @@ def main() -> None:
     parser.add_argument("--in-flight", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], metavar="N")
     parser.add_argument("--images", type=int, help="for each of these (default: twice as many, 8 at least)")
     parser.add_argument("--page-size", type=int, help="tokens (default: that of the device)")
+    parser.add_argument("--iters", type=int, default=3, help="rounds of all of these (default: 3)")
     args = parser.parse_args()
     latency.check_imports(parser, matplotlib=args.plot)
 
@@ -106,10 +113,11 @@ def main() -> None:
         engine, config = latency.load(args, folder, page_size=args.page_size, max_num_seqs=2 * max(args.in_flight))
         watch = latency.Watch(engine)
         measure(engine, watch, floor, 1, 1, args)  # touches memory for the first time
-        results = [
-            measure(engine, watch, floor, n, args.images or max(8, 2 * n), args)
-            for n in tqdm(args.in_flight, leave=False)
+        rounds = [
+            [measure(engine, watch, floor, n, args.images or max(8, 2 * n), args) for n in args.in_flight]
+            for _ in tqdm(range(args.iters), leave=False)
         ]
+        results = [median(of_one_number) for of_one_number in zip(*rounds, strict=True)]
     print(f"{'load':16} {config['load_s']:.2f} s\n\n{table(results)}")
     config["page_size"] = engine.config.page_size
     report = {"env": env, "config": config, "floor": asdict(floor), "results": results}

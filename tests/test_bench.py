@@ -103,7 +103,8 @@ def test_latency_tells_steps_and_draws_held_a_step(checkpoint):
 def test_throughput_reports_each_number_in_flight(checkpoint, tmp_path):
     lines = run(
         "throughput.py", "--model", checkpoint, "--size", "64x64", "160x64", "--in-flight", 1, 4, "--images", 8,
-        "--page-size", 16, "--speculation", "off", "--output-json", tmp_path / "a.json", "--plot", tmp_path / "a.png",
+        "--page-size", 16, "--iters", 2, "--speculation", "off", "--output-json", tmp_path / "a.json",
+        "--plot", tmp_path / "a.png",
     )  # fmt: skip
     report = json.loads(lines[-1])
     assert lines[0].startswith("processor ")
@@ -120,6 +121,11 @@ def test_throughput_reports_each_number_in_flight(checkpoint, tmp_path):
         assert 0.5 < result["page_use_reserved"] < result["page_use"] < 1
         assert 0 < result["floor_percent"] < 100
     assert (tmp_path / "a.png").stat().st_size > 0
+
+
+def test_throughput_tells_the_round_of_the_middle_pace():
+    rounds = [{"images_per_min": pace, "n_steps": pace + 1} for pace in (9, 1, 5)]
+    assert module("throughput").median(rounds) == {"images_per_min": 5, "n_steps": 6}
 
 
 @pytest.mark.parametrize("script", ["latency", "throughput", "ops"])
