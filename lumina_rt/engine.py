@@ -336,10 +336,8 @@ class Engine:
             plan = self.scheduler.schedule(time.perf_counter())
             if plan:
                 begun = time.perf_counter()
-                drawn, n_tokens = self.runner.run(plan)
-                # Prompts are no measure of a window: theirs are the first steps, and touch memory for the first time.
-                if all(work.request.prefilled for work in plan):
-                    self.scheduler.pace.observe(n_tokens, (time.perf_counter() - begun) / plan[0].n_steps)
+                drawn = self.runner.run(plan)
+                self.scheduler.observe(plan, time.perf_counter() - begun)
                 for work, tokens in zip(plan, self.scheduler.commit(plan, drawn), strict=True):
                     for token in tokens:
                         self._advance(work.request, work.sample, token)

@@ -89,6 +89,11 @@ class Sample:
         return self.uncond is not None and self.next_draw is Draw.CODE
 
     @property
+    def n_rows(self) -> int:
+        """Rows that the next token is drawn from."""
+        return 2 if self.is_guided else 1
+
+    @property
     def is_prefilling(self) -> bool:
         return self.cond.n_cached < self.n_shared - 1
 

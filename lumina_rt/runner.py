@@ -25,16 +25,16 @@ class Runner:
         self.graphs = Graphs(self.model, self.cache, max_rows, max_blocks)
         self.multi_step = MultiStep(self.model, self.cache, self.sampler.image_tokens, max_rows, max_blocks)
 
-    def run(self, plan: list[Work]) -> tuple[list[int], int]:
-        """Feed and draw what a plan says. Returns what `Scheduler.commit` takes, and the tokens of one step.
+    def run(self, plan: list[Work]) -> list[int]:
+        """Feed and draw what a plan says; return what `Scheduler.commit` takes.
 
         Raises FloatingPointError when logits are not finite.
         """
         step, picks = build_step(plan, self.page_size, self.model.embed.device), _picks(plan)
         hidden = self.graphs.forward(step) if self.graphs else self.model.forward(step, self.cache)
         if plan[0].n_steps == 1:
-            return self.sampler.draw(picks, hidden), len(hidden)
-        return self._run_on(plan, picks, hidden), len(step.seq_lens)
+            return self.sampler.draw(picks, hidden)
+        return self._run_on(plan, picks, hidden)
 
     def _run_on(self, plan: list[Work], picks: list[Pick], hidden: Tensor) -> list[int]:
         """Draw what the first of several steps has to draw, run the others, and read all of it at once."""

@@ -89,16 +89,16 @@ class Scheduler:
         self._admit(now)
         budget = self.config.max_num_batched_tokens
         runnable = [(request, sample) for request in self.running for sample in self._runnable(request)]
-        drawing = [sample for _, sample in runnable if sample.layout]
-        n_draws = self.pace.window(sum(2 if sample.uncond else 1 for sample in drawing))
+        n_rows = sum(sample.n_rows for _, sample in runnable)
+        n_of_images = sum(sample.n_rows for _, sample in runnable if sample.layout)
+        n_draws = self.pace.window(n_of_images, n_rows - n_of_images)
         # Rows that decode go before prompts, so that a long prompt stops no image; but who has waited longest goes
         # first of all, so that a small budget starves nobody.
         runnable.sort(key=lambda pair: (-pair[1].n_waited, pair[1].is_prefilling))
         plan: list[Work] = []
-        n_rows = sum(2 if sample.is_guided else 1 for _, sample in runnable)  # that this one and those behind it take
         for request, sample in runnable:
             work = self._share_out(request, sample, budget, n_draws, budget // n_rows)
-            n_rows -= 2 if sample.is_guided else 1
+            n_rows -= sample.n_rows  # left to those behind it
             sample.n_waited = 0 if work else sample.n_waited + 1
             if work is None:
                 continue
@@ -135,6 +135,14 @@ class Scheduler:
         # A chunk leaves at least one token, so that both rows end, and the draw is made, in the same step.
         n_chunk = min(n_cond - 1, budget)
         return Work(request, sample, n_chunk, 0, [], []) if n_chunk > 0 else None
+
+    def observe(self, plan: list[Work], seconds: float) -> None:
+        """Take in how long a plan took. Prompts are left out: theirs are the first steps, and touch memory for the
+        first time.
+        """
+        if all(work.request.prefilled for work in plan):
+            n_draws = sum(len(work.indices) * len(work.rows()) for work in plan)
+            self.pace.observe(n_draws, seconds / plan[0].n_steps)
 
     def commit(self, plan: list[Work], drawn: list[int]) -> list[list[int]]:
         """Count what the step has cached, and let the other samples of a prefilled request begin.

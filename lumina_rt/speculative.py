@@ -69,22 +69,26 @@ class Pace:
     """How many draws to try a step, from what steps have cost and how many draws have held.
 
     speculation: a number of draws, "off" for one, or "auto" for the number that commits most codes a second here.
-    The time of a step is taken to grow with its tokens, from one size to the next no slower than before; so the next
-    larger window is tried where the line through the last two sizes promises that it pays, and none beyond it. Now and
-    then it is tried in any case: one draw a step tells nothing of guesses, which may hold better in another image.
+    The time of a step is taken to grow with its draws, a guided one counted twice, from one size to the next no slower
+    than before; so the next larger window is tried where the line through the last two sizes promises that it pays, and
+    none beyond it. Now and then it is tried in any case: one draw a step tells nothing of guesses, which may hold
+    better in another image. Line ends, which are fed beside the draws, are in their price.
     """
 
     def __init__(self, speculation: str | int):
         self.speculation = speculation
-        self._times: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=9))  # the last, by tokens of a step
-        self._seconds: dict[int, float] = {}  # their medians, in ascending order of tokens
+        self._times: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=9))  # the last, by draws of a step
+        self._seconds: dict[int, float] = {}  # their medians, in ascending order of draws
         # How often draw i of a window held where the one before it did, and how often that was seen; those that were
         # never reached hold as often as the last that was.
         self._rates, self._n_seen = [1.0, 0.5], [0, 0]
         self._n_windows = 0
 
-    def window(self, n_rows: int) -> int:
-        """The number of draws for each image of the next step, of which each takes a token of `n_rows` rows."""
+    def window(self, n_rows: int, n_others: int = 0) -> int:
+        """The number of draws for each image of the next step.
+
+        n_rows: rows of the images, a guided one having two.  n_others: rows beside them, which draw once.
+        """
         if self.speculation != "auto":
             return 1 if self.speculation == "off" else self.speculation
         if not n_rows or not self._seconds:
@@ -94,19 +98,20 @@ class Pace:
             chance *= self._rates[min(n_draws, len(self._rates)) - 1]
             expected += chance
             if n_draws in WINDOWS:
-                pace = expected / self._predict(n_draws * n_rows)
+                size = _size(n_draws * n_rows + n_others)
+                pace = expected / self._predict(size)
                 if pace > best_pace:
                     best, best_pace = n_draws, pace
-                if _size(n_draws * n_rows) not in self._seconds:
+                if size not in self._seconds:
                     break
         self._n_windows += 1
         if self._n_windows % PROBE == 0:
             return WINDOWS[min(WINDOWS.index(best) + 1, len(WINDOWS) - 1)]
         return best
 
-    def observe(self, n_tokens: int, seconds: float) -> None:
-        """Take in what a step of so many tokens took."""
-        size = _size(n_tokens)
+    def observe(self, n_draws: int, seconds: float) -> None:
+        """Take in what a step of so many draws took, one of a guided image counted twice."""
+        size = _size(n_draws)
         self._times[size].append(seconds)
         if len(self._times[size]) == 1:
             return  # it may have compiled a kernel; the lower of two tells what a step costs
@@ -126,8 +131,7 @@ class Pace:
             weight = max(0.03, 1 / (self._n_seen[i] + 1))
             self._rates[i] += weight * ((i < n_held) - self._rates[i])
 
-    def _predict(self, n_tokens: int) -> float:
-        size = _size(n_tokens)
+    def _predict(self, size: int) -> float:
         if size in self._seconds:
             return self._seconds[size]
         smaller = [point for point in self._seconds.items() if point[0] < size]
@@ -141,7 +145,7 @@ class Pace:
         return seconds + slope * (size - n)
 
 
-def _size(n_tokens: int) -> int:
-    """A step's tokens, rounded up to one of four numbers between powers of two."""
-    step = max(1, 1 << max(0, (n_tokens - 1).bit_length() - 3))
-    return -(-n_tokens // step) * step
+def _size(n_draws: int) -> int:
+    """A step's draws, rounded up to one of four numbers between powers of two."""
+    step = max(1, 1 << max(0, (n_draws - 1).bit_length() - 3))
+    return -(-n_draws // step) * step

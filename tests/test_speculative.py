@@ -104,10 +104,28 @@ def test_a_first_step_that_compiled_puts_off_no_window():
     assert pace.window(2) == WINDOWS[-1]
 
 
+@pytest.mark.parametrize("n_others", [1, 3, 40])
+def test_rows_that_write_text_beside_images_do_not_end_the_search(n_others):
+    pace = Pace("auto")
+    for _ in range(100):
+        n_draws = pace.window(2, n_others)
+        pace.observe(2 * n_draws + n_others, 1.0)
+        pace.learn(n_draws, n_draws)
+    assert pace.window(2, n_others) == WINDOWS[-1]
+
+
 @pytest.mark.parametrize("speculation", ["on", "", 0, 65, 2.5, True, None])
 def test_an_unknown_speculation_is_refused_by_its_value(speculation):
     with pytest.raises(ValueError, match=f"speculation is {speculation!r}; expected"):
         EngineConfig(speculation=speculation)
+
+
+def test_a_window_is_timed_by_its_draws_whatever_line_ends_are_among_them(monkeypatch):
+    seen = set()
+    monkeypatch.setattr(Pace, "observe", lambda pace, n_draws, seconds: seen.add(n_draws))
+    engine = Engine.from_pretrained(speculation=16)
+    engine.generate_image("a red circle", 80, 80, progress=False)  # rows of ten codes
+    assert max(seen) == 2 * 16
 
 
 FORMATS = [{}, {"dtype": "bfloat16"}, {"quantization": "int8"}, {"quantization": "int4"}, {"kv_cache_dtype": "int8"}]
@@ -117,7 +135,7 @@ FORMATS = [{}, {"dtype": "bfloat16"}, {"quantization": "int8"}, {"quantization":
 def test_pictures_are_the_same_whatever_is_guessed_and_take_fewer_steps(options, monkeypatch):
     # What "auto" takes follows from what steps cost: here all cost the same, on a busy machine as well.
     observe = Pace.observe
-    monkeypatch.setattr(Pace, "observe", lambda pace, n_tokens, seconds: observe(pace, n_tokens, 1.0))
+    monkeypatch.setattr(Pace, "observe", lambda pace, n_draws, seconds: observe(pace, n_draws, 1.0))
 
     def drawn(speculation):
         engine = Engine.from_pretrained(**options, speculation=speculation)
