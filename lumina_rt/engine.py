@@ -194,7 +194,7 @@ class Engine:
 
         preview_every: ask for a Preview of an image after so many rows, again and again; None for none. They are
         decoded beside the steps; where one takes longer than its rows, those asked for meanwhile are left out, and so
-        are those that would take more than 3 % of the time.
+        are those that would take more than 2 % of the time.
 
         `for event in stream` runs the steps itself; `async for event in stream` leaves them to a thread, which all
         streams of all event loops share. Dropping or closing the stream early, or cancelling the task that reads it,

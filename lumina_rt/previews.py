@@ -18,7 +18,7 @@ from lumina_rt.request import Request
 from lumina_rt.unirep import Layout
 
 UNDRAWN = (128, 128, 128)
-SHARE = 0.02  # of the time; of two cores the steps lose about as much, and 4 to 11 % without a limit
+SHARE = 0.02  # of the time
 
 
 class Previews:
@@ -26,7 +26,7 @@ class Previews:
 
     def __init__(self, decode: Callable[[np.ndarray], Image.Image], factor: int):
         self._decode, self._factor = decode, factor
-        self._thread = ThreadPoolExecutor(1, "previews", initializer=give_way)
+        self._thread = ThreadPoolExecutor(1, "previews", initializer=stand_aside)
         self._next = 0.0  # by time.monotonic, when another may begin
 
     def begin(self, request: Request, sample: int, image: int, layout: Layout, codes: np.ndarray) -> None:
@@ -61,12 +61,12 @@ class Previews:
         return Preview(request_id, sample, image, len(codes), layout.rows, picture)
 
 
-def give_way() -> None:
-    """Let the steps have what they need, for as long as this thread lives.
+def stand_aside() -> None:
+    """Give this thread a stream of its own where a GPU is in use, so that a step does not stand behind a picture, and
+    no OpenMP threads beside it.
 
-    Where a GPU is in use it gets a stream of its own, so that a step does not stand behind a picture. It has no OpenMP
-    threads beside it: with more of them than cores libgomp lets those of the steps sleep at every op, for as long as
-    the process lives (an image of the embedded model 0.59 s in place of 0.15, on two cores).
+    With more of those than cores libgomp lets the ones of the steps sleep at every op, for as long as the process lives
+    (an image of the embedded model 0.59 s in place of 0.15, on two cores).
     """
     torch.set_num_threads(1)  # of this thread
     if torch.cuda.is_initialized():

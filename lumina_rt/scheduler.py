@@ -90,8 +90,10 @@ class Scheduler:
         budget = self.config.max_num_batched_tokens
         runnable = [(request, sample) for request in self.running for sample in self._runnable(request)]
         n_rows = sum(sample.n_rows for _, sample in runnable)
-        n_of_images = sum(sample.n_rows for _, sample in runnable if sample.layout)
-        n_draws = self.pace.window(n_of_images, n_rows - n_of_images)
+        n_draws = self.pace.window(
+            sum(sample.n_rows for _, sample in runnable if sample.layout),
+            sum(sample.n_rows for _, sample in runnable if not (sample.layout or sample.is_prefilling)),
+        )
         # Rows that decode go before prompts, so that a long prompt stops no image; but who has waited longest goes
         # first of all, so that a small budget starves nobody.
         runnable.sort(key=lambda pair: (-pair[1].n_waited, pair[1].is_prefilling))
@@ -141,8 +143,8 @@ class Scheduler:
         first time.
         """
         if all(work.request.prefilled for work in plan):
-            n_draws = sum(len(work.indices) * len(work.rows()) for work in plan)
-            self.pace.observe(n_draws, seconds / plan[0].n_steps)
+            n_lines = sum(len(work.indices) * len(work.rows()) for work in plan)
+            self.pace.observe(n_lines, seconds / plan[0].n_steps)
 
     def commit(self, plan: list[Work], drawn: list[int]) -> list[list[int]]:
         """Count what the step has cached, and let the other samples of a prefilled request begin.

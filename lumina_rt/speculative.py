@@ -69,16 +69,17 @@ class Pace:
     """How many draws to try a step, from what steps have cost and how many draws have held.
 
     speculation: a number of draws, "off" for one, or "auto" for the number that commits most codes a second here.
-    The time of a step is taken to grow with its draws, a guided one counted twice, from one size to the next no slower
-    than before; so the next larger window is tried where the line through the last two sizes promises that it pays, and
-    none beyond it. Now and then it is tried in any case: one draw a step tells nothing of guesses, which may hold
-    better in another image. Line ends, which are fed beside the draws, are in their price.
+    The time of a step is taken to grow with the lines of hidden states that its draws read, one for each draw of each
+    row; what is fed beside them, line ends above all, is in their price. Beyond the sizes that were seen it grows by
+    the line through the last two; so the next larger window is tried where that promises that it pays, and none beyond
+    it. Now and then it is tried in any case: one draw a step tells nothing of guesses, which may hold better in another
+    image.
     """
 
     def __init__(self, speculation: str | int):
         self.speculation = speculation
-        self._times: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=9))  # the last, by draws of a step
-        self._seconds: dict[int, float] = {}  # their medians, in ascending order of draws
+        self._times: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=9))  # the last, by lines of a step
+        self._seconds: dict[int, float] = {}  # their medians, in ascending order of lines
         # How often draw i of a window held where the one before it did, and how often that was seen; those that were
         # never reached hold as often as the last that was.
         self._rates, self._n_seen = [1.0, 0.5], [0, 0]
@@ -87,13 +88,13 @@ class Pace:
     def window(self, n_rows: int, n_others: int = 0) -> int:
         """The number of draws for each image of the next step.
 
-        n_rows: rows of the images, a guided one having two.  n_others: rows beside them, which draw once.
+        n_rows: rows of the images, a guided one having two.  n_others: rows beside them that write text.
         """
         if self.speculation != "auto":
             return 1 if self.speculation == "off" else self.speculation
         if not n_rows or not self._seconds:
             return 1
-        best, best_pace, expected, chance = 1, 0.0, 0.0, 1.0
+        best, best_pace, expected, chance, largest = 1, 0.0, 0.0, 1.0, next(reversed(self._seconds))
         for n_draws in range(1, WINDOWS[-1] + 1):
             chance *= self._rates[min(n_draws, len(self._rates)) - 1]
             expected += chance
@@ -102,16 +103,16 @@ class Pace:
                 pace = expected / self._predict(size)
                 if pace > best_pace:
                     best, best_pace = n_draws, pace
-                if size not in self._seconds:
+                if size > largest:
                     break
         self._n_windows += 1
         if self._n_windows % PROBE == 0:
             return WINDOWS[min(WINDOWS.index(best) + 1, len(WINDOWS) - 1)]
         return best
 
-    def observe(self, n_draws: int, seconds: float) -> None:
-        """Take in what a step of so many draws took, one of a guided image counted twice."""
-        size = _size(n_draws)
+    def observe(self, n_lines: int, seconds: float) -> None:
+        """Take in what a step took whose draws read so many lines."""
+        size = _size(n_lines)
         self._times[size].append(seconds)
         if len(self._times[size]) == 1:
             return  # it may have compiled a kernel; the lower of two tells what a step costs
@@ -135,17 +136,18 @@ class Pace:
         if size in self._seconds:
             return self._seconds[size]
         smaller = [point for point in self._seconds.items() if point[0] < size]
+        larger = [point for point in self._seconds.items() if point[0] > size]
         if not smaller:
-            least, seconds = next(iter(self._seconds.items()))
-            return seconds * size / least
+            n, seconds = larger[0]
+            return seconds * size / n
         (n, seconds), slope = smaller[-1], 0.0
-        if len(smaller) > 1:
-            before, seconds_before = smaller[-2]
-            slope = max(0.0, (seconds - seconds_before) / (n - before))
+        if others := larger[:1] or smaller[-2:-1]:
+            other, seconds_of_other = others[0]
+            slope = max(0.0, (seconds_of_other - seconds) / (other - n))
         return seconds + slope * (size - n)
 
 
-def _size(n_draws: int) -> int:
-    """A step's draws, rounded up to one of four numbers between powers of two."""
-    step = max(1, 1 << max(0, (n_draws - 1).bit_length() - 3))
-    return -(-n_draws // step) * step
+def _size(n_lines: int) -> int:
+    """A step's lines, rounded up to one of four numbers between powers of two."""
+    step = max(1, 1 << max(0, (n_lines - 1).bit_length() - 3))
+    return -(-n_lines // step) * step

@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from lumina_rt import images
 from lumina_rt.outputs import Preview, RequestOutput
-from lumina_rt.previews import give_way
 
 MOST_SHOWN = 64  # pictures, the newest
 
@@ -31,7 +30,7 @@ class GrowingSheet:
         self.every = every if in_terminal or file else None
         self.pictures: dict[tuple[int, int, int], Image.Image] = {}  # by request, answer and image
         self._n_lines = 0  # of the picture that stands in the terminal
-        self._thread = ThreadPoolExecutor(1, "shown previews", initializer=give_way)  # steps wait for no PNG
+        self._thread = ThreadPoolExecutor(1, "shown previews", initializer=_give_way)  # steps wait for no PNG
         self._drawing: Future | None = None
         self._is_behind = False  # whether there is a picture that the last drawing did not have
 
@@ -131,3 +130,9 @@ def half_blocks(image: Image.Image, columns: int, lines: int) -> list[str]:
         + "\x1b[0m"
         for above, below in zip(pixels[::2], pixels[1::2], strict=True)
     ]
+
+
+def _give_way() -> None:
+    """Let this thread have what the steps leave of the cores. Elsewhere than on Linux nice is not a thread's."""
+    if sys.platform == "linux":
+        os.nice(19)

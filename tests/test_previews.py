@@ -12,7 +12,7 @@ from PIL import Image
 from test_engine import assert_nothing_is_left
 
 from lumina_rt import ImageRow, Preview, RequestOutput, SamplingParams, previews
-from lumina_rt.previews import UNDRAWN, give_way
+from lumina_rt.previews import UNDRAWN, stand_aside
 from lumina_rt.unirep import Layout
 
 IMAGE = SamplingParams(num_images=1, size=(64, 160), seed=3)  # 10 rows of 4 codes
@@ -240,5 +240,5 @@ def test_the_thread_of_previews_has_a_stream_of_its_own_where_a_gpu_is_in_use(mo
     monkeypatch.setattr(torch.cuda, "Stream", object)
     monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: n)  # this thread is the tests' own
-    give_way()
+    stand_aside()
     assert len(streams) == in_use

@@ -21,6 +21,7 @@ from lumina_rt.outputs import RequestOutput
 from lumina_rt.prompts import Message
 from lumina_rt.request import Draw
 from lumina_rt.scheduler import Work, build_step
+from lumina_rt.speculative import Pace
 from lumina_rt.tokenizer import Tokenizer
 
 PAGE = 16
@@ -309,6 +310,27 @@ def test_a_long_prompt_is_prefilled_in_chunks_beside_rows_that_decode(tokenizer)
             assert chunks[0].n_cond == 24 - traffic.plan[0].n_cond - traffic.plan[0].n_uncond
     assert mixed >= 5
     traffic.finish()
+
+
+def test_a_pace_hears_of_images_and_texts_apart_and_of_no_prompt(tokenizer, monkeypatch):
+    asked, told = [], []
+    monkeypatch.setattr(Pace, "window", lambda pace, *rows: asked.append(rows) or 1)
+    monkeypatch.setattr(Pace, "observe", lambda pace, n_lines, seconds: told.append(n_lines))
+    traffic = Traffic(tokenizer, num_pages=60, budget=24, seed=1)  # by 0 the text ends with its first token
+    image = traffic.submit("a", num_images=1, size=(64, 64))
+    while image.samples[0].layout is None:
+        traffic.step()
+    asked.clear()
+    told.clear()
+    text = traffic.submit("b" * 200, num_images=0, max_tokens=20)
+    while not text.prefilled:
+        assert traffic.step()
+    assert len(asked) > 3
+    assert set(asked) == {(2, 0)}
+    assert not told
+    traffic.step()
+    assert asked[-1] == (2, 1)
+    assert told == [3]
 
 
 def test_rows_that_decode_go_before_the_prompt_of_an_earlier_request(tokenizer):

@@ -105,13 +105,27 @@ def test_a_first_step_that_compiled_puts_off_no_window():
 
 
 @pytest.mark.parametrize("n_others", [1, 3, 40])
-def test_rows_that_write_text_beside_images_do_not_end_the_search(n_others):
+def test_rows_that_write_text_beside_images_neither_end_the_search_nor_begin_it_anew(n_others):
+    def settled(pace, n_others, n_steps):
+        for _ in range(n_steps):
+            n_draws = pace.window(2, n_others)
+            pace.observe(2 * n_draws + n_others, 1.0)
+            pace.learn(n_draws, n_draws)
+        return pace.window(2, n_others)
+
     pace = Pace("auto")
-    for _ in range(100):
-        n_draws = pace.window(2, n_others)
-        pace.observe(2 * n_draws + n_others, 1.0)
-        pace.learn(n_draws, n_draws)
-    assert pace.window(2, n_others) == WINDOWS[-1]
+    assert settled(pace, n_others, 100) == WINDOWS[-1]
+    assert settled(pace, 0, 1) >= WINDOWS[-4]
+    assert settled(pace, n_others, 1) >= WINDOWS[-4]
+
+
+def test_what_was_not_timed_is_taken_to_lie_between_its_neighbours():
+    pace = Pace("auto")
+    for n_lines, seconds in ((2, 1.0), (8, 4.0), (12, 3.0), (24, 5.0)):
+        pace.observe(n_lines, seconds)
+        pace.observe(n_lines, seconds)
+    found = [pace._predict(n_lines) for n_lines in (1, 2, 5, 10, 14, 24, 32)]
+    assert found == pytest.approx([0.5, 1.0, 2.5, 4.0, 3 + 1 / 3, 5.0, 5 + 8 / 6])
 
 
 @pytest.mark.parametrize("speculation", ["on", "", 0, 65, 2.5, True, None])
