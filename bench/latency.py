@@ -62,7 +62,7 @@ class Watch:
 
     n_image_steps: steps of each image in which it drew codes, in sum.  n_held: codes that they gave.
     pages: (tokens in the pages of running requests, pages taken, pages taken or promised), a step each.
-    seconds: that counting took, which with a hundred rows of many pages is a hundredth of a step.
+    seconds: that counting took, a hundredth of a step with a hundred rows of many pages; throughput.py leaves them out.
     """
 
     def __init__(self, engine: Engine):
