@@ -7,7 +7,7 @@ a run that was killed goes on as if it had not been.
 import json
 import math
 import shutil
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import save_torch_state_dict
+from lumina_rt.kernels.quantization import BITS, GROUP, dequantize, quantize
 from lumina_rt.sft.data import Batches, Dialogs, collate
 from lumina_rt.sft.model import TrainableModel, loss_of
 from lumina_rt.sft.muon import Muon
@@ -46,6 +47,8 @@ class TrainingConfig:
     muon_lr: where AdamW learns by `lr`, Muon learns by this the matrices inside layers; 0 leaves them to AdamW.
     clip: largest norm of the gradient.  context_drop: how often the words before an image are left out.
     recompute: keep no activations inside layers.  save_every: steps between saved states.
+    quantization: in "int8" or "int4" every other step computes with the matrices as an Engine would load them in that
+    format, and learns the matrices themselves (straight-through), so that less is lost when they are loaded so.
     compile: fuse what stands between the products of a layer (torch.compile; some 20 s at the start, a C++ compiler on
     a CPU; the embedded model then learns 16,400 tokens a second on two AVX-512 cores in place of 12,500).
     """
@@ -63,6 +66,7 @@ class TrainingConfig:
     dropout: float = 0.05
     context_drop: float = 0.1
     dtype: str = "bfloat16"
+    quantization: str = ""
     recompute: bool = False
     compile: bool = False
     save_every: int = 500
@@ -71,6 +75,8 @@ class TrainingConfig:
     def __post_init__(self):
         if self.dtype not in weights.DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; expected one of {', '.join(weights.DTYPES)}")
+        if self.quantization and self.quantization not in BITS:
+            raise ValueError(f"quantization is {self.quantization!r}; expected {', '.join(BITS)} or nothing")
         for name in ("steps", "batch_tokens", "accumulate", "lr", "clip", "save_every"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
@@ -108,6 +114,9 @@ class Trainer:
         shape = weights.stored_config(self.source)
         if largest_token >= shape.vocab_size:
             raise ValueError(f"the data holds token {largest_token}; the model has {shape.vocab_size} tokens")
+        for width in (shape.hidden, shape.intermediate):
+            if c.quantization and width % GROUP:
+                raise ValueError(f"the model is {width} wide; quantization expects a multiple of {GROUP}")
         model = TrainableModel(shape, c.dropout, c.recompute)
         if c.compile:
             for layer in model.model.layers:
@@ -185,11 +194,12 @@ class Trainer:
         n_learned = self._sum(torch.tensor(float(sum((labels[:, 1:] >= 0).sum() for _, labels in mine))))
         torch.manual_seed(hash((c.seed, self.step, self.rank)))
         total = torch.zeros((), device=self.device)
-        for tokens, labels in mine:
-            with self._autocast():
-                loss, _ = loss_of(self.model, tokens.to(self.device), labels.to(self.device), c.z_loss)
-            (loss * (self.world / n_learned)).backward()  # FSDP takes the mean over processes
-            total += loss.detach()
+        with self._rounded() if c.quantization and self.step % 2 else nullcontext():
+            for tokens, labels in mine:
+                with self._autocast():
+                    loss, _ = loss_of(self.model, tokens.to(self.device), labels.to(self.device), c.z_loss)
+                (loss * (self.world / n_learned)).backward()  # FSDP takes the mean over processes
+                total += loss.detach()
         loss = float(self._sum(total) / n_learned)
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss of step {self.step} is {loss}; the state of the last save is kept")
@@ -202,6 +212,22 @@ class Trainer:
         record = {"step": self.step, "loss": loss, "grad_norm": norm, "lr": self.lr(self.step)}
         self.step += 1
         return record | {"tokens": int(n_learned)}
+
+    @contextmanager
+    def _rounded(self):
+        """The matrices as they would load quantized, and afterwards as they were."""
+        named = [(name, p.detach()) for name, p in self.model.named_parameters() if weights.is_matrix(name)]
+        # FSDP cuts outputs up, and an output is rounded by itself.
+        matrices = [(name, p.to_local() if self.world > 1 else p) for name, p in named]
+        kept = [matrix.clone() for _, matrix in matrices]
+        try:
+            for name, matrix in matrices:
+                stored = matrix.to(weights.DTYPES[self.config.dtype])
+                matrix.copy_(dequantize(quantize(stored, weights.bits_of(name, self.config.quantization))))
+            yield
+        finally:
+            for (_, matrix), before in zip(matrices, kept, strict=True):
+                matrix.copy_(before)
 
     def _autocast(self):
         dtype = weights.DTYPES[self.config.dtype]

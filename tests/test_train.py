@@ -1,5 +1,6 @@
 """The trainer: a step is what it says, a run that was killed goes on as if it had not been, and its checkpoint runs."""
 
+import copy
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from lumina_rt.kernels.quantization import dequantize, quantize
 from lumina_rt.sft import __main__ as command
 from lumina_rt.sft import train
 from lumina_rt.sft.train import LOG, Trainer, TrainingConfig
@@ -19,7 +21,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save_file as save_tensors
 from test_data import save
 
-from lumina_rt import Engine, SamplingParams, weights
+from lumina_rt import Engine, SamplingParams, dummy, weights
 from lumina_rt.tokenizer import Tokenizer
 
 SMALL = {"batch_tokens": 60, "dtype": "float32", "lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 2, "save_every": 3}
@@ -148,6 +150,32 @@ def test_the_losses_of_a_run_become_a_picture(tmp_path, n):
     (tmp_path / LOG).write_text("".join(json.dumps({"step": i, "loss": 7 / (i + 1)}) + "\n" for i in range(n)))
     train.draw_loss(tmp_path)
     assert np.ptp(np.asarray(Image.open(tmp_path / "loss.png").convert("L"))) > 100
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_every_other_step_is_by_rounded_matrices_and_leaves_them_as_they_were(
+    trainer, checkpoint, tmp_path, quantization, dtype
+):
+    run, plain = trainer(quantization=quantization, dtype=dtype, **PLAIN), trainer(dtype=dtype, **PLAIN)
+    before = copy.deepcopy(run.model.state_dict())
+    run.save()
+    stored = weights.read_state(tmp_path / "run", weights.stored_config(checkpoint))  # as an Engine would read it
+    rounded = {
+        name: dequantize(quantize(stored[name], weights.bits_of(name, quantization))) if weights.is_matrix(name) else p
+        for name, p in before.items()
+    }
+    for trained in (run, plain):
+        trained.optimizers[0].step = trained.optimizers[0].zero_grad = lambda: None
+    group = next(run.batches.groups(1, 0))
+    for state in (before, rounded):
+        plain.model.load_state_dict(state)
+        run.model.zero_grad()
+        plain.model.zero_grad()
+        assert run.train_step(group) == plain.train_step(group)
+        for (name, p), other in zip(run.model.named_parameters(), plain.model.parameters(), strict=True):
+            assert torch.equal(p.grad, other.grad), name
+        assert_same(run.model.state_dict(), before)
 
 
 def test_a_run_that_was_killed_ends_with_the_same_bits(trainer, tmp_path):
@@ -392,7 +420,7 @@ def test_every_field_of_the_config_is_an_option(checkpoint, data, tmp_path, monk
     options = {
         "steps": 3, "batch_tokens": 70, "accumulate": 2, "lr": 0.5, "min_lr": 0.25, "warmup_steps": 4,
         "weight_decay": 0.3, "clip": 2.5, "z_loss": 0.125, "dropout": 0.75, "context_drop": 0.0625,
-        "dtype": "float32", "save_every": 11, "seed": 12,
+        "dtype": "float32", "save_every": 11, "seed": 12, "quantization": "int8",
     }  # fmt: skip
     seen = []
     monkeypatch.setattr(command.Trainer, "run", lambda self: seen.append(self.config))
@@ -405,6 +433,7 @@ def test_bad_input_ends_the_command_with_1_and_one_line(checkpoint, data, vocab,
     text = tmp_path / "text.safetensors"
     text.write_text("a dialog")
     broken = copy_without(checkpoint, ["tokenizer.json"], tmp_path / "broken")
+    narrow = dummy.write_checkpoint(tmp_path / "narrow", dummy.TINY_MODEL | {"intermediate_size": 96})
     cases = (
         ((checkpoint, far), {}, f"the data holds token {vocab.size}"),
         ((checkpoint, tmp_path / "none.safetensors"), {}, "none.safetensors cannot be read"),
@@ -414,6 +443,8 @@ def test_bad_input_ends_the_command_with_1_and_one_line(checkpoint, data, vocab,
         ((checkpoint, data), {"batch_tokens": 10}, "batches hold 10 tokens; the longest dialog has"),
         ((checkpoint, data), {"accumulate": 1000}, "a step needs 1000"),
         ((checkpoint, data), {"dtype": "float16"}, "float16"),
+        ((narrow, data), {"quantization": "int4"}, "the model is 96 wide; quantization expects a multiple of 64"),
+        ((checkpoint, data), {"quantization": "int3"}, "quantization is 'int3'; expected int8, int4 or nothing"),
     )
     for places, options, expected in cases:
         assert command.main(arguments(tmp_path / "output", *places, **options)) == 1
@@ -432,7 +463,7 @@ def test_two_processes_under_torchrun_are_one_with_twice_the_batches(trainer, ch
 
     Two processes begin, and one goes on from the state that they left.
     """
-    options = {**PLAIN, "min_lr": SMALL["lr"], "save_every": 2}
+    options = {**PLAIN, "min_lr": SMALL["lr"], "save_every": 2, "quantization": "int8"}
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lumina_rt.sft"]
     done = run_command(launcher, arguments("two", checkpoint, data, steps=2, **options), tmp_path)
     assert done.returncode == 0, done.stderr
