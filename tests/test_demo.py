@@ -35,9 +35,13 @@ def test_a_build_writes_a_checkpoint_that_the_engine_loads_and_goes_on_where_it_
 ):
     chosen = [stage for stage in demo.STAGES if stage.name in ("fp64", "long", "deeper")]
     stages = tuple(replace(stage, targets=(64,), n=12, passes=1) for stage in chosen)
+    stages = (*stages[:-1], replace(stages[-1], quantization="int4"))
+    configs, run = [], demo.Trainer.run
+    monkeypatch.setattr(demo.Trainer, "run", lambda trainer: configs.append(trainer.config) or run(trainer))
     monkeypatch.setattr(demo, "STAGES", stages)
     monkeypatch.setattr(demo, "BATCH_TOKENS", 1024)
     demo.main([str(tmp_path), "--vqgan", str(vqgan_folder)])
+    assert [config.quantization for config in configs] == ["", "", "int4"]
     output = tmp_path / stages[-1].name
     engine = Engine.from_pretrained(output, device="cpu")
     n_grown = sum(len(stage.grows) for stage in stages)
