@@ -5,9 +5,10 @@ its rows grow, so a request that runs never lacks one. A page with more than one
 written. This file knows token ids only to compare prefixes; it knows nothing of images or requests.
 """
 
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ class PagePool:
     def __init__(self, num_pages: int):
         self.num_pages = num_pages
         self.holders = [0] * num_pages
-        self._free = deque(range(num_pages))
+        self._free = list(range(num_pages))  # a heap: the lowest goes first, so that what is not needed is not touched
         self._reserved = 0
 
     @property
@@ -77,7 +78,7 @@ class PagePool:
         """Take one of the reserved pages."""
         assert self._reserved > 0, "a page was taken that nobody had reserved"
         self._reserved -= 1
-        page = self._free.popleft()
+        page = heappop(self._free)
         self.holders[page] = 1
         return page
 
@@ -91,7 +92,7 @@ class PagePool:
             assert self.holders[page] > 0, f"page {page} was released twice"
             self.holders[page] -= 1
             if self.holders[page] == 0:
-                self._free.append(page)
+                heappush(self._free, page)
 
 
 @dataclass
