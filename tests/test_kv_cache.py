@@ -48,6 +48,15 @@ def test_copy_page_copies_every_layer_of_one_page_and_touches_no_other():
     assert torch.equal(cache.v, v)
 
 
+def test_the_lowest_free_page_goes_first_so_that_memory_is_touched_as_it_is_needed():
+    pool = PagePool(6)
+    pool.reserve(6)
+    assert [pool.take() for _ in range(4)] == [0, 1, 2, 3]
+    pool.release([3, 0])
+    pool.reserve(2)
+    assert [pool.take() for _ in range(4)] == [0, 3, 4, 5]
+
+
 def test_a_reserved_page_is_promised_and_a_taken_one_is_held():
     pool = PagePool(3)
     pool.reserve(2)
