@@ -5,6 +5,7 @@ import importlib
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -126,6 +127,16 @@ def test_throughput_reports_each_number_in_flight(checkpoint, tmp_path):
 def test_throughput_tells_the_round_of_the_middle_pace():
     rounds = [{"images_per_min": pace, "n_steps": pace + 1} for pace in (9, 1, 5)]
     assert module("throughput").median(rounds) == {"images_per_min": 5, "n_steps": 6}
+
+
+def test_throughput_leaves_out_what_counting_takes(checkpoint):
+    throughput, latency, floor = module("throughput"), module("latency"), module("machine").Floor(1, 1, 1)
+    engine = Engine.from_pretrained(checkpoint, device="cpu", speculation="off")
+    watch = latency.Watch(engine)
+    count = watch._pages
+    watch._pages = lambda: time.sleep(0.2) or count()
+    args = SimpleNamespace(size=[(64, 64)], guidance_scale=3.0, device="cpu")
+    assert throughput.measure(engine, watch, floor, 1, 1, args)["ms_per_step"] < 200
 
 
 @pytest.mark.parametrize("script", ["latency", "throughput", "ops"])
