@@ -21,13 +21,16 @@ struct Bf16Input {
         blocks = (inputs + BLOCK - 1) / BLOCK;
         values.resize(blocks * rows);
     }
-    void read(const bf16* x, int64_t row, int64_t inputs) {
-        const bf16* from = x + row * inputs;
-        int64_t whole = inputs / BLOCK;
-        for (int64_t b = 0; b < whole; ++b) std::memcpy(values[b * rows + row].values, from + b * BLOCK, 64);
-        if (whole == blocks) return;
-        bf16* last = values[whole * rows + row].values;
-        std::fill(std::copy(from + whole * BLOCK, from + inputs, last), last + BLOCK, bf16{});
+    void read(const bf16* x, int64_t inputs, const Part& part) {
+        int64_t whole = part.end / BLOCK;
+        for (int64_t row = part.row; row < part.last_row; ++row) {
+            const bf16* from = x + row * inputs;
+            for (int64_t b = part.begin / BLOCK; b < whole; ++b)
+                std::memcpy(values[b * rows + row].values, from + b * BLOCK, 64);
+            if (part.end == whole * BLOCK) continue;
+            bf16* last = values[whole * rows + row].values;
+            std::fill(std::copy(from + whole * BLOCK, from + part.end, last), last + BLOCK, bf16{});
+        }
     }
 };
 

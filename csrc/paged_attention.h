@@ -85,17 +85,18 @@ inline void add_values(const K* v, const int64_t* places, const float* weights, 
 }
 
 // Turn a line's products with the keys of a chunk into weights, and shrink what it has summed so far to their measure.
-// seen: keys of the chunk that the line sees.  k_scales, v_scales: null, or [KEYS].
-inline void weigh(float* scores, int64_t seen, const float* k_scales, const float* v_scales, int64_t width,
-                  float& top, float& total, float* sums) {
-    if (seen <= 0) return std::fill(scores, scores + KEYS, 0.0f);
+// seen: keys of the chunk that the line sees, of `keys` in all.  k_scales, v_scales: null, or [keys].
+inline void weigh(float* scores, int64_t seen, int64_t keys, const float* k_scales, const float* v_scales,
+                  int64_t width, float& top, float& total, float* sums) {
+    keys = (keys + LANES - 1) / LANES * LANES;
+    if (seen <= 0) return std::fill(scores, scores + keys, 0.0f);
     for (int64_t j = 0; k_scales && j < seen; ++j) scores[j] *= k_scales[j];
-    std::fill(scores + seen, scores + KEYS, -INFINITY);
+    std::fill(scores + seen, scores + keys, -INFINITY);
     f32 tops = all(top), totals = all(0);
-    for (int64_t j = 0; j < KEYS; j += LANES) tops = max(load(scores + j), tops);
+    for (int64_t j = 0; j < keys; j += LANES) tops = max(load(scores + j), tops);
     float before = top;
     top = largest(tops);
-    for (int64_t j = 0; j < KEYS; j += LANES) {
+    for (int64_t j = 0; j < keys; j += LANES) {
         f32 weight = exp(load(scores + j) - all(top));
         store(scores + j, weight);
         totals = totals + weight;
@@ -128,7 +129,7 @@ static void attend_chunk(const Pages<K>& pages, const int64_t* places, int64_t f
             scales[1][j] = pages.v_scales[places[j] + first + h];
         }
         for (int n = 0; n < N; ++n)
-            weigh(scores[h][n], std::min(lines[h].ends[n] - begin, keys), scaled ? scales[0] : nullptr,
+            weigh(scores[h][n], std::min(lines[h].ends[n] - begin, keys), keys, scaled ? scales[0] : nullptr,
                   scaled ? scales[1] : nullptr, width, lines[h].tops[n], lines[h].totals[n],
                   lines[h].sums + n * width);
     }

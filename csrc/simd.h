@@ -192,8 +192,25 @@ inline leaf_f32 fma(leaf_f32 a, leaf_f32 b, leaf_f32 c) {  // a * b + c
     return a * b + c;
 #endif
 }
-inline leaf_f32 max(leaf_f32 a, leaf_f32 b) { return a > b ? a : b; }
-inline leaf_f32 min(leaf_f32 a, leaf_f32 b) { return a < b ? a : b; }
+// b where either is no number, as the instructions of x86 have it; g++ makes a comparison and a choice of the words.
+inline leaf_f32 max(leaf_f32 a, leaf_f32 b) {
+#if defined(LUMINA_AVX512)
+    return _mm512_max_ps(a, b);
+#elif defined(LUMINA_AVX2)
+    return _mm256_max_ps(a, b);
+#else
+    return a > b ? a : b;
+#endif
+}
+inline leaf_f32 min(leaf_f32 a, leaf_f32 b) {
+#if defined(LUMINA_AVX512)
+    return _mm512_min_ps(a, b);
+#elif defined(LUMINA_AVX2)
+    return _mm256_min_ps(a, b);
+#else
+    return a < b ? a : b;
+#endif
+}
 inline leaf_f32 to_f32(leaf_i32 v) { return __builtin_convertvector(v, leaf_f32); }
 inline leaf_i32 to_i32(leaf_f32 v) {  // to the nearest, ties to even; |v| < 2^22
     constexpr float MAGIC = 0x1.8p23f;
