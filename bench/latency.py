@@ -8,12 +8,13 @@
 
 Decoding reads every weight once a step, whatever the number of rows, so the floor of a step is its bytes over the
 memory's bandwidth, or its multiplications over the rate of the processor, whichever is longer. On a GPU the bandwidth
-is that of a copy. The last line of stdout is one JSON object.
+is that of a copy; on a CPU both rates are measured anew around each image. The last line of stdout is one JSON object.
 """
 
 import argparse
 import gc
 import importlib.util
+import itertools
 import json
 import math
 import statistics
@@ -118,7 +119,7 @@ def floor_of_step(engine: Engine, floor: machine.Floor, rows: int, n_cached: flo
 
 def measure(engine: Engine, watch: Watch, floor: machine.Floor, size: tuple[int, int], args) -> dict:
     """Medians over `iters` images, or batches of them."""
-    runs = []
+    runs, floors, peaks = [], [floor], [machine.peak_gib(args.device)]
     for seed in tqdm(range(args.iters + 1), desc="{}x{}".format(*size), leave=False):
         rows: list[float] = []
         if seed == 1:  # the first touches memory for the first time
@@ -126,6 +127,7 @@ def measure(engine: Engine, watch: Watch, floor: machine.Floor, size: tuple[int,
         params = engine.params(
             num_images=1, size=size, n=args.batch_size, guidance_scale=args.guidance_scale, seed=seed
         )
+        machine.reset_peak(args.device)
         start = time.perf_counter()
 
         def note(event, start=start, rows=rows):
@@ -135,6 +137,8 @@ def measure(engine: Engine, watch: Watch, floor: machine.Floor, size: tuple[int,
         text = prompts.text_to_image(PROMPT, *size)
         (output,) = engine.generate([text], params, progress=False, callback=note)
         runs.append((time.perf_counter() - start, rows[0], output.timings))
+        peaks.append(machine.peak_gib(args.device))
+        floors.append(machine.measure_again(floor, args.device))
     runs = runs[1:]
 
     def median(read):
@@ -142,9 +146,10 @@ def measure(engine: Engine, watch: Watch, floor: machine.Floor, size: tuple[int,
 
     timings = runs[0][2]
     n_rows = args.batch_size * (1 if args.guidance_scale == 1 else 2)
-    ms_per_step = median(lambda total, first, t: 1000 * t.decode_s / t.n_steps)
+    step_times = [t.decode_s / t.n_steps for _, _, t in runs]
     n_cached = timings.n_answer_tokens / args.batch_size / 2
-    least = floor_of_step(engine, floor, n_rows, n_cached, watch.n_tokens / watch.n_steps)
+    step = n_rows, n_cached, watch.n_tokens / watch.n_steps
+    leasts = [floor_of_step(engine, machine.between(*pair), *step) for pair in itertools.pairwise(floors[1:])]
     total = median(lambda total, first, t: total)
     return {
         "size": "{}x{}".format(*size),
@@ -157,11 +162,11 @@ def measure(engine: Engine, watch: Watch, floor: machine.Floor, size: tuple[int,
         "s_per_image": total / args.batch_size,
         "n_steps": median(lambda total, first, t: t.n_steps),
         "acceptance": watch.acceptance,
-        "ms_per_step": ms_per_step,
+        "ms_per_step": 1000 * statistics.median(step_times),
         "tokens_per_s": timings.n_answer_tokens / total,
-        "floor_ms_per_step": 1000 * least,
-        "floor_percent": 100_000 * least / ms_per_step,
-        "peak_gib": machine.peak_gib(args.device),
+        "floor_ms_per_step": 1000 * statistics.median(leasts),
+        "floor_percent": 100 * statistics.median(least / took for least, took in zip(leasts, step_times, strict=True)),
+        "peak_gib": max(peaks),
     }
 
 
@@ -241,7 +246,7 @@ def model_parser(words: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--dummy-weights", choices=[*SHAPES, "demo"], help="random weights of a released shape, or the embedded model"
     )
-    parser.add_argument("--layers", type=int, help="of the dummy weights (default: all)")
+    parser.add_argument("--layers", type=machine.count, help="of the dummy weights (default: all)")
     parser.add_argument("--size", type=_size, nargs="+", metavar="WxH", help="default: the model's own")
     parser.add_argument("--guidance-scale", type=float, help="default: the model's own, as its other controls")
     parser.add_argument("--quantization", choices=BITS)
@@ -282,10 +287,14 @@ def load(args, folder: Path, **options) -> tuple[Engine, dict]:
 
 def main() -> None:
     parser = model_parser(__doc__)
-    parser.add_argument("--batch-size", type=int, default=1, help="images at once (default: 1)")
-    parser.add_argument("--iters", type=int, default=3, help="images, or batches, after one to warm up (default: 3)")
+    parser.add_argument("--batch-size", type=machine.count, default=1, help="images at once (default: 1)")
+    parser.add_argument(
+        "--iters", type=machine.count, default=3, help="images, or batches, after one to warm up (default: 3)"
+    )
     parser.add_argument("--baseline", choices=["reference"])
-    parser.add_argument("--baseline-steps", type=int, default=200, help="steps of the baseline at most (default: 200)")
+    parser.add_argument(
+        "--baseline-steps", type=machine.count, default=200, help="steps of the baseline at most (default: 200)"
+    )
     parser.add_argument("--compare", type=Path, nargs=2, metavar="JSON")
     args = parser.parse_args()
     if args.compare:

@@ -1,12 +1,13 @@
 """What the machine is, and what it can do at most: the card that every benchmark shows first. And a clock for GPUs."""
 
+import argparse
 import os
 import platform
 import re
 import resource
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 import torch
@@ -43,9 +44,26 @@ def checked_device(name: str) -> str:
         raise SystemExit(str(error)) from None
 
 
+def count(text: str) -> int:
+    """The number of an option of which there must be one at least."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number from 1 on")
+    return int(text)
+
+
 def measure(device: str) -> Floor:
     """The best of some runs: what else the machine does makes a run slower, never faster."""
     return _measure_cpu() if device == "cpu" else _measure_gpu()
+
+
+def measure_again(floor: Floor, device: str) -> Floor:
+    """The floor as it is now: a CPU that others share reads memory at other rates within minutes, a GPU does not."""
+    return _measure_cpu(repeats=2) if device == "cpu" else floor
+
+
+def between(first: Floor, second: Floor) -> Floor:
+    """The floor between two measurements of it: the mean of each rate."""
+    return Floor(*(sum(rates) / 2 for rates in zip(astuple(first), astuple(second), strict=True)))
 
 
 def reset_peak(device: str) -> None:

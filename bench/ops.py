@@ -120,7 +120,7 @@ def seconds(run: Callable, device: str, least: float = 0.2) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", type=machine.checked_device, default="cpu", metavar="cpu|cuda")
-    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    parser.add_argument("--rows", type=machine.count, nargs="+", default=ROWS)
     parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS)
     parser.add_argument("--output-json", type=Path)
     args = parser.parse_args()

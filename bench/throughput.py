@@ -101,10 +101,10 @@ def plot(results: list[dict], path: Path) -> None:
 
 def main() -> None:
     parser = latency.model_parser(__doc__)
-    parser.add_argument("--in-flight", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], metavar="N")
-    parser.add_argument("--images", type=int, help="for each of these (default: twice as many, 8 at least)")
-    parser.add_argument("--page-size", type=int, help="tokens (default: that of the device)")
-    parser.add_argument("--iters", type=int, default=3, help="rounds of all of these (default: 3)")
+    parser.add_argument("--in-flight", type=machine.count, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], metavar="N")
+    parser.add_argument("--images", type=machine.count, help="for each of these (default: twice as many, 8 at least)")
+    parser.add_argument("--page-size", type=machine.count, help="tokens (default: that of the device)")
+    parser.add_argument("--iters", type=machine.count, default=3, help="rounds of all of these (default: 3)")
     args = parser.parse_args()
     latency.check_imports(parser, matplotlib=args.plot)
 

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lumina_rt import Engine, backend
 
 BENCH = Path(__file__).parent.parent / "bench"
+FAKE_RATES = {"read_gb_s": 2 * 2**30 / 1e6, "int8_gmac_s": 8192**3 / 1e6, "bf16_gflop_s": 2 * 8192**3 / 1e6}
 GPU = SimpleNamespace(name="NVIDIA H100", major=9, minor=0, total_memory=80 * 2**30)
 
 
@@ -230,8 +231,9 @@ def test_on_a_gpu_a_recorded_op_is_replayed_each_time_behind_a_flush_and_the_med
     assert stand_ins == ["replay", *(["flush", "event", "replay", "event"] * 30), "synchronize"]
 
 
-def test_every_op_is_timed_on_a_gpu_beside_its_rates(monkeypatch, capsys, stand_ins):
-    """On fake CUDA tensors, which have a device, a shape and a dtype and no memory."""
+@pytest.fixture
+def report_of(monkeypatch, capsys, stand_ins):
+    """What a benchmark reports of fake CUDA tensors, which have a device, a shape and a dtype and no memory."""
     pytest.importorskip("triton", reason="Triton is not installed; it is on Linux with the extra `test`")
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
@@ -246,23 +248,30 @@ def test_every_op_is_timed_on_a_gpu_beside_its_rates(monkeypatch, capsys, stand_
     clone = torch.Tensor.clone
     monkeypatch.setattr(torch.Tensor, "contiguous", lambda x: clone(x, memory_format=torch.contiguous_format))
     monkeypatch.setattr(torch.Tensor, "copy_", lambda self, other: torch.ops.aten.copy_(self, other))
-    slow = {name: lambda *_: stand_ins.append("slow") for name in OPS}
-    monkeypatch.setattr(module("ops"), "reference", SimpleNamespace(**slow))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: GPU)
     monkeypatch.setattr(backend, "flash_refusal", lambda *_: "a test wants ours")
-    monkeypatch.setattr(sys, "argv", ["ops", "--device", "cuda", "--rows", "2"])
-    with FakeTensorMode():
-        module("ops").main()
 
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert report["env"]["attention"] == "Triton; a test wants ours"
-    rates = {"read_gb_s": 2 * 2**30 / 1e6, "int8_gmac_s": 8192**3 / 1e6, "bf16_gflop_s": 2 * 8192**3 / 1e6}
-    assert report["floor"] == pytest.approx(rates)  # of the best run, which took 1 ms
+    def report(script, *args):
+        monkeypatch.setattr(sys, "argv", [script, "--device", "cuda", *map(str, args)])
+        with FakeTensorMode():
+            module(script).main()
+        found = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert found["env"]["attention"] == "Triton; a test wants ours"
+        assert found["floor"] == pytest.approx(FAKE_RATES)  # of the best run, which took 1 ms
+        return found
+
+    return report
+
+
+def test_every_op_is_timed_on_a_gpu_beside_its_rates(monkeypatch, report_of, stand_ins):
+    slow = {name: lambda *_: stand_ins.append("slow") for name in OPS}
+    monkeypatch.setattr(module("ops"), "reference", SimpleNamespace(**slow))
+    report = report_of("ops", "--rows", 2)
     assert len(report["results"]) == 7 + 5 * 3
     for result in report["results"]:
         assert result["us"] == pytest.approx(2000)
-        assert result["memory_percent"] == pytest.approx(100 * result["gb_s"] / rates["read_gb_s"])
+        assert result["memory_percent"] == pytest.approx(100 * result["gb_s"] / FAKE_RATES["read_gb_s"])
         assert result["floor_percent"] >= 0.999 * result["memory_percent"]
     of = {result["case"]: result["gb_s"] * 2e6 for result in report["results"]}
     assert of["o bf16"] == pytest.approx(2 * 4096**2 + 2 * 2 * 2 * 4096)
@@ -271,6 +280,44 @@ def test_every_op_is_timed_on_a_gpu_beside_its_rates(monkeypatch, capsys, stand_
         assert f"_{name}_kernel" in stand_ins
     assert stand_ins.count("begin") == stand_ins.count("end") == len(report["results"])
     assert stand_ins.count("replay") == stand_ins.count("slow") == 31 * len(report["results"])
+
+
+def test_a_forward_pass_is_timed_on_a_gpu_beside_its_floor(report_of, stand_ins):
+    report = report_of(
+        "forward", "--formats", "bf16", "int4", "--rows", 2, "--layers", 3, "--cached", 300, "--iters", 5
+    )
+    assert [result["format"] for result in report["results"]] == ["bf16", "int4"]
+    of_layer = 4 * 4096**2 + 3 * 4096 * 11008
+    head, kept = 65536 * 4096, 2 * 300 * 3 * 2 * 2 * 4096
+    for result, n_bytes in zip(
+        report["results"],
+        (2 * (3 * of_layer + head) + kept, 3 * of_layer * 34 / 64 + 3 * 4096 * 4 * 34 + head * 66 / 64 + kept),
+        strict=True,
+    ):
+        assert result["ms"] == pytest.approx(2)
+        assert result["gb_s"] == pytest.approx(n_bytes / 2e6)
+        assert result["floor_percent"] == pytest.approx(100 * result["gb_s"] / FAKE_RATES["read_gb_s"])
+    assert stand_ins.count("_paged_attention_kernel") == 2 * 3 * 2  # to set up and to record, three layers each
+
+
+def test_a_forward_pass_is_timed_on_a_cpu_between_floors():
+    (one,) = json.loads(run("forward.py", "--formats", "int4", "--rows", 1, "--layers", 1, "--iters", 2)[-1])["results"]
+    assert (one["format"], one["rows"]) == ("int4", 1)
+    assert one["floor_percent"] == pytest.approx(100 * one["gb_s"] / one["read_gb_s"], rel=0.5)
+
+
+def test_the_share_of_the_floor_is_of_what_was_measured_around_each_image(checkpoint, monkeypatch):
+    latency, machine = module("latency"), module("machine")
+    engine = Engine.from_pretrained(checkpoint, device="cpu", speculation="off")
+    args = SimpleNamespace(iters=2, batch_size=1, guidance_scale=3.0, device="cpu")
+
+    def least(*rates):
+        """Of rates measured before all, after an image to warm up, and after each of two."""
+        floors = [machine.Floor(rate, rate, rate) for rate in rates]
+        monkeypatch.setattr(machine, "measure_again", lambda *_: floors.pop(0))
+        return latency.measure(engine, latency.Watch(engine), floors.pop(0), (64, 64), args)["floor_ms_per_step"]
+
+    assert least(9, 1, 3, 5) == pytest.approx(least(1, 1, 1, 1) * (1 / 2 + 1 / 4) / 2)
 
 
 def test_the_card_tells_which_gpu_it_was(monkeypatch):
