@@ -1,5 +1,6 @@
 """Fixtures that several files share. Random checkpoints stand in for real weights; no test needs a network."""
 
+import dataclasses
 import importlib.machinery
 import importlib.metadata
 import os
@@ -10,7 +11,7 @@ import pytest
 import torch
 from lumina_rt.kernels import reference
 
-from lumina_rt import Engine, dummy
+from lumina_rt import Engine, EngineConfig, dummy
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which no code before this does
@@ -22,6 +23,17 @@ def _torch_settings():
     torch.set_num_threads(1)
     # torch then fills new tensors with NaN, so that an element which nothing wrote fails its test.
     torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _small_pools():
+    """Pools of 64 MiB where a test does not say: filled with NaN, each of 4 GiB would take seconds."""
+    made = EngineConfig.__init__
+    names = (field.name for field in dataclasses.fields(EngineConfig))
+    defaults = dict(zip(names, made.__defaults__, strict=True)) | {"kv_cache_gib": 1 / 16}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(made, "__defaults__", tuple(defaults.values()))
+        yield
 
 
 @pytest.fixture(scope="session")

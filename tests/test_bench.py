@@ -140,7 +140,20 @@ def test_throughput_leaves_out_what_counting_takes(checkpoint):
     assert throughput.measure(engine, watch, floor, 1, 1, args)["ms_per_step"] < 200
 
 
-@pytest.mark.parametrize("script", ["latency", "throughput", "ops"])
+@pytest.mark.parametrize(
+    ("script", "option"),
+    [("latency", "--iters"), ("latency", "--batch-size"), ("throughput", "--in-flight"), ("ops", "--rows"),
+     ("forward", "--cached")],
+)  # fmt: skip
+@pytest.mark.parametrize("number", ["0", "-1", "many"])
+def test_less_than_one_of_anything_is_refused_in_a_line(monkeypatch, capsys, script, option, number):
+    monkeypatch.setattr(sys, "argv", [script, f"{option}={number}"])
+    with pytest.raises(SystemExit):
+        module(script).main()
+    assert capsys.readouterr().err.endswith(f"argument {option}: {number!r}; expected a whole number from 1 on\n")
+
+
+@pytest.mark.parametrize("script", ["latency", "throughput", "ops", "forward"])
 def test_without_a_gpu_each_ends_with_the_line_of_the_engine(monkeypatch, script):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="no NVIDIA GPU") as told:
