@@ -11,7 +11,6 @@ JSON object.
 import argparse
 import gc
 import itertools
-import json
 import statistics
 import time
 from dataclasses import asdict
@@ -66,7 +65,7 @@ def one_token_each(rows: int, n_cached: int, device: str) -> Step:
     )
 
 
-def measure(model: Model, bits: int, rows: int, floor: machine.Floor, args) -> dict:
+def measure(model: Model, rows: int, floor: machine.Floor, args) -> dict:
     """Medians over `iters` passes."""
     n_layers, device = len(model.layers), args.device
     step = one_token_each(rows, args.cached, device)
@@ -81,11 +80,9 @@ def measure(model: Model, bits: int, rows: int, floor: machine.Floor, args) -> d
     n_bytes = sum(map(machine.n_bytes, [*matrices, model.lm_head])) + rows * args.cached * n_layers * 4 * HIDDEN
     layer_shapes = [shape for name, shape in MATRICES.items() if name != "image_head"]
     n_weights = n_layers * sum(outputs * inputs for outputs, inputs in layer_shapes) + VOCAB * HIDDEN
-    of_products = bits if device == "cpu" else 16
+    bits = getattr(matrices[0], "bits", 16)  # of products: on a GPU 16, whatever weights are in
     times, floors = timed(forward, floor, args)
-    least = [
-        machine.between(*pair).seconds(n_bytes, rows * n_weights, of_products) for pair in itertools.pairwise(floors)
-    ]
+    least = [machine.between(*pair).seconds(n_bytes, rows * n_weights, bits) for pair in itertools.pairwise(floors)]
     return {
         "rows": rows,
         "ms": 1000 * statistics.median(times),
@@ -128,7 +125,7 @@ def main() -> None:
     for name in args.formats:
         model = random_model(ops, args.layers, FORMATS[name], args.device)
         for rows in args.rows:
-            result = {"format": name, **measure(model, FORMATS[name], rows, floor, args)}
+            result = {"format": name, **measure(model, rows, floor, args)}
             results.append(result)
             print(
                 f"{name:8}{rows:5}{result['ms']:10.2f}{result['gb_s']:8.1f}{result['read_gb_s']:8.1f}"
@@ -137,10 +134,7 @@ def main() -> None:
             )
         del model
         gc.collect()
-    report = json.dumps({"env": env, "floor": asdict(floor), "results": results})
-    if args.output_json:
-        args.output_json.write_text(report + "\n")
-    print(report)
+    machine.tell({"env": env, "floor": asdict(floor), "results": results}, args.output_json)
 
 
 if __name__ == "__main__":

@@ -118,8 +118,8 @@ def floor_of_step(engine: Engine, floor: machine.Floor, rows: int, n_cached: flo
 
 
 def measure(engine: Engine, watch: Watch, floor: machine.Floor, size: tuple[int, int], args) -> dict:
-    """Medians over `iters` images, or batches of them."""
-    runs, floors, peaks = [], [floor], [machine.peak_gib(args.device)]
+    """Medians over `iters` images, or batches of them. Of the first size the peak is that of loading as well."""
+    runs, floors, peaks = [], [floor], []
     for seed in tqdm(range(args.iters + 1), desc="{}x{}".format(*size), leave=False):
         rows: list[float] = []
         if seed == 1:  # the first touches memory for the first time
@@ -127,7 +127,6 @@ def measure(engine: Engine, watch: Watch, floor: machine.Floor, size: tuple[int,
         params = engine.params(
             num_images=1, size=size, n=args.batch_size, guidance_scale=args.guidance_scale, seed=seed
         )
-        machine.reset_peak(args.device)
         start = time.perf_counter()
 
         def note(event, start=start, rows=rows):
@@ -139,6 +138,7 @@ def measure(engine: Engine, watch: Watch, floor: machine.Floor, size: tuple[int,
         runs.append((time.perf_counter() - start, rows[0], output.timings))
         peaks.append(machine.peak_gib(args.device))
         floors.append(machine.measure_again(floor, args.device))
+        machine.reset_peak(args.device)  # measuring takes memory of its own
     runs = runs[1:]
 
     def median(read):
@@ -322,9 +322,7 @@ def main() -> None:
             )
     if args.plot:
         plot(results, args.plot)
-    if args.output_json:
-        args.output_json.write_text(json.dumps(report) + "\n")
-    print(json.dumps(report))
+    machine.tell(report, args.output_json)
 
 
 if __name__ == "__main__":

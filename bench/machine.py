@@ -1,6 +1,7 @@
 """What the machine is, and what it can do at most: the card that every benchmark shows first. And a clock for GPUs."""
 
 import argparse
+import json
 import os
 import platform
 import re
@@ -171,6 +172,14 @@ def _gpu() -> dict:
 def card(env: dict, floor: Floor) -> str:
     facts = {**env, **{name: f"{value:.1f}" for name, value in asdict(floor).items()}}
     return "\n".join(f"{name:16} {value}" for name, value in facts.items())
+
+
+def tell(report: dict, path: Path | None) -> None:
+    """Print a report as one line of JSON, the last of a benchmark, and write it to `path` if there is one."""
+    line = json.dumps(report)
+    if path:
+        path.write_text(line + "\n")
+    print(line)
 
 
 def _lines(path: str) -> list[str]:

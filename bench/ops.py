@@ -10,7 +10,6 @@ attention reads on the host. The last line of stdout is one JSON object.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -147,10 +146,7 @@ def main() -> None:
                 f"{result['memory_percent']:10.1f}{result['floor_percent']:9.1f}{result['times_reference']:10.2f}x",
                 flush=True,
             )
-    report = json.dumps({"env": env, "floor": asdict(floor), "results": results})
-    if args.output_json:
-        args.output_json.write_text(report + "\n")
-    print(report)
+    machine.tell({"env": env, "floor": asdict(floor), "results": results}, args.output_json)
 
 
 if __name__ == "__main__":

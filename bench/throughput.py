@@ -9,7 +9,6 @@ another, and the median of each number is told: a machine that slows meanwhile s
 latency.py, for the steps that were run. The last line of stdout is one JSON object.
 """
 
-import json
 import tempfile
 import time
 from dataclasses import asdict, replace
@@ -125,9 +124,7 @@ def main() -> None:
     report = {"env": env, "config": config, "floor": asdict(floor), "results": results}
     if args.plot:
         plot(results, args.plot)
-    if args.output_json:
-        args.output_json.write_text(json.dumps(report) + "\n")
-    print(json.dumps(report))
+    machine.tell(report, args.output_json)
 
 
 if __name__ == "__main__":

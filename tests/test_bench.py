@@ -333,6 +333,19 @@ def test_the_share_of_the_floor_is_of_what_was_measured_around_each_image(checkp
     assert least(9, 1, 3, 5) == pytest.approx(least(1, 1, 1, 1) * (1 / 2 + 1 / 4) / 2)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux forgets a peak")
+def test_the_peak_of_an_image_leaves_out_what_measuring_takes(checkpoint, monkeypatch):
+    latency, machine = module("latency"), module("machine")
+    monkeypatch.setattr(machine, "measure_again", lambda floor, _: bytearray(1 << 30) and floor)
+    engine = Engine.from_pretrained(checkpoint, device="cpu", speculation="off")
+    args = SimpleNamespace(iters=1, batch_size=1, guidance_scale=3.0, device="cpu")
+    machine.reset_peak("cpu")
+    before = machine.peak_gib("cpu")
+    for size in ((64, 64), (160, 64)):
+        found = latency.measure(engine, latency.Watch(engine), machine.Floor(1, 1, 1), size, args)
+        assert found["peak_gib"] < before + 0.5
+
+
 def test_the_card_tells_which_gpu_it_was(monkeypatch):
     machine, lines = module("machine"), module("machine")._lines
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: GPU)
